@@ -1,0 +1,1 @@
+"""Medical volumes, their preparation as tensorflow-datasets builders, augmentation and loading."""

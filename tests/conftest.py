@@ -1,0 +1,46 @@
+"""Tests run under stricter JAX than users do, on several simulated devices."""
+
+import os
+from pathlib import Path
+
+import jax
+import pytest
+
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    no_gpu = pytest.mark.skip(reason="no GPU")
+    has_gpu = jax.default_backend() == "gpu"
+    for item in items:
+        if "gpu" in item.keywords and not has_gpu:
+            item.add_marker(no_gpu)
+
+
+def _folder_from_environment(variable: str) -> Path:
+    value = os.environ.get(variable)
+    if not value:
+        pytest.skip(f"{variable} is not set")
+    return Path(value).resolve()
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Path:
+    """The folder of real volumes; tests that use it are marked `real_data`."""
+    return _folder_from_environment("AFL_JAX_REAL_DATA")
+
+
+@pytest.fixture(scope="session")
+def reference() -> Path:
+    """The folder of golden numbers measured from the authors' code."""
+    return _folder_from_environment("AFL_JAX_REFERENCE")
+
+
+@pytest.fixture
+def x64():
+    """Float64 inside one test."""
+    with jax.enable_x64(True):
+        yield

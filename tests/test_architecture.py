@@ -1,0 +1,101 @@
+"""The picture of the package, asserted: who may import whom, and what importing it costs."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "afl_jax"
+
+# module -> the internal modules it may import. `errors` is open to all.
+ALLOWED: dict[str, set[str]] = {
+    "__init__": {"losses", "models.zoo", "statistics"},
+    "errors": set(),
+    "statistics": set(),
+    "losses": {"statistics"},
+    "metrics": set(),
+    "lesions": set(),
+    "config": set(),
+    "models.__init__": set(),
+    "models.blocks": set(),
+    "models.encoder": {"models.blocks"},
+    "models.decoder": {"models.blocks"},
+    "models.zoo": {"models.blocks", "models.decoder", "models.encoder"},
+    "models.pretrained": set(),
+    "data.__init__": set(),
+    "data.volume": set(),
+    "data.preprocess": {"data.volume"},
+    "data.augment": set(),
+    "data.folder": {"data.preprocess", "data.volume"},
+    "data.phantom": {"data.preprocess", "data.volume"},
+    "data.loader": {"data.folder", "data.phantom"},
+    "training": set(),
+    "parallel": set(),
+    "checkpoint": {"config"},
+    "inference": set(),
+    "reports": set(),
+    "loop": {"checkpoint", "config", "parallel", "reports"},
+}
+# The command line is where names become objects: it alone may import everything.
+COMPOSITION_ROOT = "cli"
+
+
+def module_name(path: Path) -> str:
+    return ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
+
+
+MODULES = {module_name(path): path for path in sorted(PACKAGE.rglob("*.py"))}
+
+
+def internal_imports(path: Path) -> set[str]:
+    """Internal modules that a file imports anywhere in it, lazily or not."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import; the house imports absolutely"
+            found.add(node.module)
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    names = {name.removeprefix("afl_jax.") for name in found if name.startswith("afl_jax.")}
+    return {name for name in names if name in MODULES} - {"errors"}
+
+
+def test_every_module_has_its_place_in_the_table():
+    assert set(MODULES) - {COMPOSITION_ROOT} == set(ALLOWED)
+
+
+@pytest.mark.parametrize("module", sorted(set(MODULES) - {COMPOSITION_ROOT}))
+def test_a_module_imports_only_what_the_design_allows(module: str):
+    assert internal_imports(MODULES[module]) <= ALLOWED[module]
+
+
+def test_only_parallel_names_pmap():
+    naming = {name for name, path in MODULES.items() if "jax.pmap" in path.read_text()}
+    assert naming == {"parallel"}
+
+
+def test_top_level_holds_what_the_design_lists():
+    allowed = {"pyproject.toml", "afl_jax", "experiments", "tests", "README.md", "LICENSE"}
+    root = PACKAGE.parent
+    listed = subprocess.run(
+        ["git", "ls-files"], cwd=root, capture_output=True, text=True, check=False
+    ).stdout.split()
+    if not listed:
+        pytest.skip("not a git checkout")
+    top = {name.split("/")[0] for name in listed}
+    assert {name for name in top if not name.startswith(".")} == allowed
+
+
+def test_importing_the_package_is_cheap():
+    program = (
+        "import sys, afl_jax;"
+        "heavy = {'tensorflow', 'tensorflow_datasets', 'SimpleITK', 'matplotlib', 'grain',"
+        " 'orbax', 'scipy.stats', 'tyro', 'torch'};"
+        "print(*sorted(heavy & set(sys.modules)))"
+    )
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.split() == []
