@@ -1,0 +1,421 @@
+"""Layers of the networks, for 2D and 3D alike; the only file that knows how one is computed.
+
+Every function works on ``[B, *spatial, C]`` with kernels ``[*taps, C_in, C_out]``, where the
+number of spatial axes is 2 or 3. Padding is explicit and symmetric, `taps // 2`, as PyTorch has it.
+
+XLA computes a 3D convolution well on GPU and TPU, but on a CPU it has fast code for 2D alone. So
+`conv` is chosen when the program is compiled: native elsewhere, and on a CPU rewritten as 2D
+convolutions and matrix products of the same value.
+"""
+
+import functools
+import itertools
+import math
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+Ints = tuple[int, ...]
+Padding = tuple[tuple[int, int], ...]
+
+# He initialisation for ReLU networks, fan-out: the variance of a kernel is 2 / (taps * C_out).
+he_normal = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
+
+
+class Conv(nn.Module):
+    """Convolution with explicit symmetric padding.
+
+    Attributes:
+      features: Output channels.
+      kernel_size: Taps along each spatial axis, odd.
+      strides: Step along each spatial axis; 1 if None.
+      use_bias: Whether to add a bias.
+      dtype: Computation dtype; that of the image and the kernel if None.
+    """
+
+    features: int
+    kernel_size: Ints
+    strides: Ints | None = None
+    use_bias: bool = False
+    dtype: Any = None
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Maps ``[B, *spatial, C]`` to ``[B, *spatial / strides, features]``."""
+        kernel = self.param("kernel", he_normal, (*self.kernel_size, x.shape[-1], self.features))
+        bias = (
+            self.param("bias", nn.initializers.zeros, (self.features,)) if self.use_bias else None
+        )
+        x, kernel, bias = nn.dtypes.promote_dtype(x, kernel, bias, dtype=self.dtype)
+        x = conv(x, kernel, strides=self.strides or (1,) * len(self.kernel_size))
+        return x if bias is None else x + bias.reshape((1,) * (x.ndim - 1) + (-1,))
+
+
+class UpsampleConcatConv(nn.Module):
+    """3-wide convolution of a nearest-upsampled volume concatenated with a skip connection.
+
+    Attributes:
+      features: Output channels.
+      scale: Upsampling factor along each spatial axis.
+      dtype: Computation dtype; that of the inputs and the kernel if None.
+    """
+
+    features: int
+    scale: Ints
+    dtype: Any = None
+
+    @nn.compact
+    def __call__(self, x: jax.Array, skip: jax.Array | None) -> jax.Array:
+        """Maps ``[B, *spatial, C]`` and ``[B, *spatial * scale, C']`` to the skip's grid."""
+        channels = x.shape[-1] + (0 if skip is None else skip.shape[-1])
+        shape = (3,) * len(self.scale) + (channels, self.features)
+        kernel = self.param("kernel", he_normal, shape)
+        x, skip, kernel = nn.dtypes.promote_dtype(x, skip, kernel, dtype=self.dtype)
+        return upsample_concat_conv(x, skip, kernel, scale=self.scale)
+
+
+class BatchNorm(nn.Module):
+    """Batch normalisation whose running variance is PyTorch's.
+
+    Statistics are computed in float32 at least. Normalisation uses the biased variance; the
+    running average stores the unbiased one, n / (n - 1) times it, as PyTorch does and Flax does
+    not: n is a few dozen in the deepest layers.
+
+    Attributes:
+      axis_name: Mapped axis over which the statistics are averaged in training, or None.
+      momentum: Share of the old running average that is kept (PyTorch's is 1 minus this).
+      epsilon: Added to the variance.
+    """
+
+    axis_name: str | None = None
+    momentum: float = 0.9
+    epsilon: float = 1e-5
+
+    @nn.compact
+    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+        """Maps ``[B, *spatial, C]`` to the same shape and dtype."""
+        features = x.shape[-1:]
+        scale = self.param("scale", nn.initializers.ones, features)
+        bias = self.param("bias", nn.initializers.zeros, features)
+        running_mean = self.variable("batch_stats", "mean", jnp.zeros, features)
+        running_var = self.variable("batch_stats", "var", jnp.ones, features)
+        # [N, C]: XLA on a CPU loses digits of a small mean over several axes.
+        flat = x.reshape(-1, *features)
+        flat = flat.astype(jnp.promote_types(x.dtype, jnp.float32))
+        if train:
+            mean, mean_square = flat.mean(axis=0), jnp.square(flat).mean(axis=0)
+            num_values = flat.shape[0]
+            if self.axis_name is not None and not self.is_initializing():
+                mean, mean_square = lax.pmean((mean, mean_square), self.axis_name)
+                num_values *= lax.axis_size(self.axis_name)
+            var = jnp.maximum(mean_square - jnp.square(mean), 0.0)
+            if not self.is_initializing():
+                unbiased = var * (num_values / max(num_values - 1, 1))
+                keep = self.momentum
+                running_mean.value = keep * running_mean.value + (1 - keep) * mean
+                running_var.value = keep * running_var.value + (1 - keep) * unbiased
+        else:
+            mean, var = running_mean.value, running_var.value
+        factor = scale * lax.rsqrt(var + self.epsilon)
+        return (flat * factor[None] + (bias - mean * factor)[None]).astype(x.dtype).reshape(x.shape)
+
+
+def max_pool(x: jax.Array, *, window: Ints, strides: Ints) -> jax.Array:
+    """Maximum over a window padded by `window // 2` on both sides with minus infinity."""
+    padding = tuple((size // 2, size // 2) for size in window)
+    return nn.max_pool(x, window, strides, padding)
+
+
+def upsample_nearest(x: jax.Array, *, scale: Ints) -> jax.Array:
+    """Repeats every voxel ``scale`` times along each spatial axis."""
+    for axis, factor in enumerate(scale, start=1):
+        x = jnp.repeat(x, factor, axis=axis)
+    return x
+
+
+def conv(x: jax.Array, kernel: jax.Array, *, strides: Ints) -> jax.Array:
+    r"""Convolution (cross-correlation) with a zero padding of half the kernel on every side.
+
+    .. math:: y_{v, o} = \sum_{t, c} x_{s v + t - \lfloor k / 2 \rfloor, c} \, w_{t, c, o}
+
+    Args:
+      x: ``[B, *spatial, C_in]``.
+      kernel: ``[*taps, C_in, C_out]``.
+      strides: s, for each spatial axis.
+
+    Returns:
+      ``[B, *spatial', C_out]`` with ``spatial' = (spatial + 2 (taps // 2) - taps) // s + 1``.
+    """
+    padding = tuple((taps // 2, taps // 2) for taps in kernel.shape[:-2])
+    return lax.platform_dependent(
+        x,
+        kernel,
+        cpu=functools.partial(_conv_cpu, strides=strides, padding=padding),
+        default=functools.partial(_conv_native, strides=strides, padding=padding),
+    )
+
+
+def upsample_concat_conv(
+    x: jax.Array, skip: jax.Array | None, kernel: jax.Array, *, scale: Ints
+) -> jax.Array:
+    """The convolution `conv(concatenate([upsample_nearest(x), skip]), kernel)`.
+
+    Args:
+      x: ``[B, *spatial, C]``.
+      skip: ``[B, *spatial * scale, C']``, or None.
+      kernel: ``[3, ..., C + C', C_out]``.
+      scale: Upsampling factor along each spatial axis.
+
+    Returns:
+      ``[B, *spatial * scale, C_out]``.
+    """
+
+    def native(x, skip, kernel):
+        up = upsample_nearest(x, scale=scale)
+        up = up if skip is None else jnp.concatenate([up, skip], axis=-1)
+        return conv(up, kernel, strides=(1,) * len(scale))
+
+    def cpu(x, skip, kernel):
+        # A convolution is linear in its input channels, so the upsampled ones may be convolved
+        # apart, at low resolution: 2 taps and `scale` phases an axis in place of 3 taps. Where
+        # kernels are larger than volumes, rewriting the kernel costs more than it saves.
+        channels = x.shape[-1]
+        if channels * kernel.shape[-1] > _MAX_PHASE_KERNEL:
+            return native(x, skip, kernel)
+        y = _conv_of_upsampled(x, kernel[..., :channels, :], scale=scale)
+        if skip is None:
+            return y
+        return y + conv(skip, kernel[..., channels:, :], strides=(1,) * len(scale))
+
+    return lax.platform_dependent(x, skip, kernel, cpu=cpu, default=native)
+
+
+def _conv_native(x: jax.Array, kernel: jax.Array, *, strides: Ints, padding: Padding) -> jax.Array:
+    spatial = "XYZ"[: x.ndim - 2]
+    numbers = (f"N{spatial}C", f"{spatial}IO", f"N{spatial}C")
+    return lax.conv_general_dilated(x, kernel, strides, padding, dimension_numbers=numbers)
+
+
+# ---- On a CPU ---------------------------------------------------------------------------------
+
+# Thresholds between formulations, measured on the layers of the ResNet50 U-Net.
+_MAX_IM2COL_VOXELS = 400
+_MAX_PHASE_KERNEL = 128 * 64
+_SLAB_BYTES = 12 * 2**20
+# XLA's fast 2D convolution wants more channels than 16 on one side.
+_MIN_FAST_CHANNELS = 24
+
+
+def _conv_cpu(x: jax.Array, kernel: jax.Array, *, strides: Ints, padding: Padding) -> jax.Array:
+    taps = kernel.shape[:-2]
+    num_voxels = x.shape[0] * math.prod(
+        (size + low + high - k) // s + 1
+        for size, k, s, (low, high) in zip(x.shape[1:-1], taps, strides, padding, strict=True)
+    )
+    if math.prod(taps) == 1 or num_voxels <= _MAX_IM2COL_VOXELS:
+        return _conv_im2col(x, kernel, strides=strides, padding=padding)
+    if math.prod(strides) > 1:
+        x, kernel, padding = _strides_to_channels(x, kernel, strides=strides, padding=padding)
+    if x.ndim == 4:
+        return _conv_unit(x[:, None], kernel[None], ((0, 0), *padding))[:, 0]
+    return _conv_unit(x, kernel, padding)
+
+
+def _conv_im2col(x: jax.Array, kernel: jax.Array, *, strides: Ints, padding: Padding) -> jax.Array:
+    """One matrix product with the taps gathered: any stride, and no transposed kernel."""
+    taps = kernel.shape[:-2]
+    x = jnp.pad(x, ((0, 0), *padding, (0, 0)))
+    sizes = [(n - k) // s + 1 for n, k, s in zip(x.shape[1:-1], taps, strides, strict=True)]
+    columns = []
+    for tap in itertools.product(*map(range, taps)):
+        window = [
+            slice(t, t + s * (n - 1) + 1, s) for t, n, s in zip(tap, sizes, strides, strict=True)
+        ]
+        columns.append(x[(slice(None), *window)])
+    columns = columns[0] if len(columns) == 1 else jnp.concatenate(columns, axis=-1)
+    return columns @ kernel.reshape(-1, kernel.shape[-1])
+
+
+def _strides_to_channels(
+    x: jax.Array, kernel: jax.Array, *, strides: Ints, padding: Padding
+) -> tuple[jax.Array, jax.Array, Padding]:
+    """A strided convolution as one of stride 1 over blocks of voxels: space to depth."""
+    spatial, taps = x.shape[1:-1], kernel.shape[:-2]
+    blocks = [-(-k // s) for k, s in zip(taps, strides, strict=True)]
+    sizes = [
+        (n + low + high - k) // s + 1
+        for n, k, s, (low, high) in zip(spatial, taps, strides, padding, strict=True)
+    ]
+    # The last output block ends at voxel (size - 1 + blocks) * stride of the padded input, which
+    # may lie before the end of the input (a stride that skips voxels) or behind it.
+    ends = [(n + b - 1) * s for n, b, s in zip(sizes, blocks, strides, strict=True)]
+    pad_input = [
+        (low, end - low - n, 0) for n, (low, _), end in zip(spatial, padding, ends, strict=True)
+    ]
+    pad_kernel = [(0, b * s - k, 0) for b, s, k in zip(blocks, strides, taps, strict=True)]
+    zero = jnp.zeros((), x.dtype)
+    x = lax.pad(x, zero, [(0, 0, 0), *pad_input, (0, 0, 0)])
+    kernel = lax.pad(kernel, zero, [*pad_kernel, (0, 0, 0), (0, 0, 0)])
+    kernel = _space_to_depth(kernel[None], strides)[0]
+    kernel = kernel.reshape(*blocks, -1, kernel.shape[-1])
+    x = _space_to_depth(x[..., None], strides)[..., 0]
+    x = x.reshape(*x.shape[: 1 + len(strides)], -1)
+    return x, kernel, ((0, 0),) * len(strides)
+
+
+def _space_to_depth(x: jax.Array, block: Ints) -> jax.Array:
+    """``[B, *spatial, C, D]`` to ``[B, *spatial / block, *block, C, D]``."""
+    split = [(n // b, b) for n, b in zip(x.shape[1:-2], block, strict=True)]
+    x = x.reshape(x.shape[0], *itertools.chain(*split), *x.shape[-2:])
+    outer = range(1, 2 * len(block), 2)
+    inner = range(2, 2 * len(block) + 1, 2)
+    return x.transpose(0, *outer, *inner, x.ndim - 2, x.ndim - 1)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _conv_unit(x: jax.Array, kernel: jax.Array, padding: Padding) -> jax.Array:
+    """3D convolution of stride 1: the first axis joins the batch, its taps the output channels.
+
+    One 2D convolution computes all taps of the first axis; their outputs are then shifted
+    against each other and added.
+    """
+    batch, first = x.shape[:2]
+    k, *taps, c_in, c_out = kernel.shape
+    low, high = padding[0]
+    kernel = jnp.moveaxis(kernel, 0, 3).reshape(*taps, c_in, k * c_out)
+    channels = k * c_out
+    if max(c_in, channels) < _MIN_FAST_CHANNELS:
+        kernel = jnp.pad(kernel, [(0, 0)] * 3 + [(0, _MIN_FAST_CHANNELS - channels)])
+    y = _conv_2d(x.reshape(batch * first, *x.shape[2:]), kernel, padding[1:])
+    y = y.reshape(batch, first, *y.shape[1:])
+    zero = jnp.zeros((), y.dtype)
+    rest = [(0, 0, 0)] * 3
+    return sum(
+        lax.pad(
+            y[..., i * c_out : (i + 1) * c_out],
+            zero,
+            [(0, 0, 0), (low - i, high + i - k + 1, 0), *rest],
+        )
+        for i in range(k)
+    )
+
+
+def _conv_2d(x: jax.Array, kernel: jax.Array, padding: Padding) -> jax.Array:
+    if any(low + high >= k for k, (low, high) in zip(kernel.shape, padding, strict=False)):
+        # XLA would merge the padding into the convolution, whose output is then larger than its
+        # input: that one is slow. The barrier keeps them apart.
+        x = lax.optimization_barrier(jnp.pad(x, ((0, 0), *padding, (0, 0))))
+        padding = ((0, 0),) * 2
+    return _conv_native(x, kernel, strides=(1, 1), padding=padding)
+
+
+def _conv_unit_forward(x, kernel, padding):
+    return _conv_unit(x, kernel, padding), (x, kernel)
+
+
+def _conv_unit_backward(padding, residuals, dy):
+    x, kernel = residuals
+    taps = kernel.shape[:3]
+    transposed = jnp.flip(kernel, (0, 1, 2)).swapaxes(-1, -2)
+    opposite = tuple((k - 1 - low, k - 1 - high) for k, (low, high) in zip(taps, padding))
+    dx = _conv_unit(dy, transposed, opposite)
+    return dx, _kernel_gradient(x, dy, taps=taps, padding=padding)
+
+
+_conv_unit.defvjp(_conv_unit_forward, _conv_unit_backward)
+
+
+def _kernel_gradient(x: jax.Array, dy: jax.Array, *, taps: Ints, padding: Padding) -> jax.Array:
+    """Gradient of `_conv_unit` to its kernel: a product of x and dy, summed slab by slab.
+
+    The taps of the last two axes are gathered on x and those of the first on dy, for a few slices
+    of the first axis at a time: all taps of the whole volume would be 27 times its memory.
+    """
+    batch, first, *_, c_in = x.shape
+    sizes, c_out = dy.shape[1:-1], dy.shape[-1]
+    k, *inner_taps = taps
+    low = padding[0][0]
+    x = jnp.pad(x, ((0, 0), (0, 0), *padding[1:], (0, 0)))
+    # Slice i of x meets, under tap t, slice i + low - t of dy: slice i + k - 1 - t once padded.
+    zero = jnp.zeros((), dy.dtype)
+    rest = [(0, 0, 0)] * 3
+    dy = lax.pad(dy, zero, [(0, 0, 0), (k - 1 - low, first + low - sizes[0], 0), *rest])
+
+    slice_voxels = sizes[1] * sizes[2]
+    slice_bytes = x.dtype.itemsize * slice_voxels * (math.prod(inner_taps) * c_in + k * c_out)
+    depth = max(
+        d
+        for d in range(1, first + 1)
+        if first % d == 0 and (d == 1 or d * slice_bytes <= _SLAB_BYTES)
+    )
+    slabs = first // depth
+
+    def slab_product(n: int | jax.Array) -> jax.Array:
+        sample, start = n // slabs, n % slabs * depth
+        xs = lax.dynamic_slice(x, (sample, start, 0, 0, 0), (1, depth, *x.shape[2:]))[0]
+        dys = lax.dynamic_slice(dy, (sample, start, 0, 0, 0), (1, depth + k - 1, *dy.shape[2:]))[0]
+        columns = jnp.concatenate(
+            [
+                xs[:, i : i + sizes[1], j : j + sizes[2]]
+                for i, j in itertools.product(*map(range, inner_taps))
+            ],
+            axis=-1,
+        )
+        shifted = jnp.concatenate([dys[k - 1 - t : k - 1 - t + depth] for t in range(k)], axis=-1)
+        num_voxels = depth * slice_voxels
+        return lax.dot_general(
+            columns.reshape(num_voxels, -1),
+            shifted.reshape(num_voxels, -1),
+            (((0,), (0,)), ((), ())),
+        )
+
+    total = slab_product(0)
+    if batch * slabs > 1:
+        add_slab = lambda n, total: total + slab_product(n)  # noqa: E731
+        total = lax.fori_loop(1, batch * slabs, add_slab, total)
+    return jnp.moveaxis(total.reshape(*inner_taps, c_in, k, c_out), 3, 0)
+
+
+def _conv_of_upsampled(x: jax.Array, kernel: jax.Array, *, scale: Ints) -> jax.Array:
+    """`conv(upsample_nearest(x), kernel)` for 3 taps an axis, computed at low resolution.
+
+    Along an axis, output voxel `scale * i + phase` reads voxels i - 1 and i (phase 0), or i and
+    i + 1 (the other phases): a kernel of 2 taps for each phase, whose weights are sums of the 3.
+    """
+    num_axes = len(scale)
+    for axis, factor in enumerate(scale):
+        kernel = jnp.tensordot(_phase_weights(factor), kernel, axes=(2, axis))
+        # [phase, low tap, ...] -> the low tap back in place, the phase in front of C_out.
+        kernel = jnp.moveaxis(kernel, (0, 1), (-2, axis))
+    phases, c_out = kernel.shape[-1 - num_axes : -1], kernel.shape[-1]
+    kernel = kernel.reshape(*kernel.shape[: num_axes + 1], -1)
+    unit = (1,) * num_axes
+    y = _conv_cpu(x, kernel, strides=unit, padding=((1, 1),) * num_axes)
+    y = y.reshape(*y.shape[:-1], *phases, c_out)
+    # Phase 0 starts at i - 1, the first window; the others at the second.
+    for axis, factor in enumerate(scale):
+        if factor > 1:
+            n, spatial, phase = x.shape[1 + axis], 1 + axis, 1 + num_axes + axis
+            first = lax.slice_in_dim(lax.slice_in_dim(y, 0, n, axis=spatial), 0, 1, axis=phase)
+            others = lax.slice_in_dim(y, 1, n + 1, axis=spatial)
+            others = lax.slice_in_dim(others, 1, factor, axis=phase)
+            y = jnp.concatenate([first, others], axis=phase)
+    order = itertools.chain(*zip(range(1, 1 + num_axes), range(1 + num_axes, 1 + 2 * num_axes)))
+    y = y.transpose(0, *order, y.ndim - 1)
+    sizes = [n * s for n, s in zip(x.shape[1:-1], scale, strict=True)]
+    return y.reshape(x.shape[0], *sizes, c_out)
+
+
+def _phase_weights(scale: int) -> np.ndarray:
+    """``[phase, low tap, tap]``: which of the 3 taps fall on which low-resolution voxel."""
+    if scale == 1:
+        return np.eye(3, dtype=np.float32)[None]
+    weights = np.zeros((scale, 2, 3), np.float32)
+    for phase, tap in itertools.product(range(scale), range(3)):
+        first = -1 if phase == 0 else 0
+        weights[phase, (phase + tap - 1) // scale - first, tap] = 1
+    return weights
