@@ -1,0 +1,240 @@
+import csv
+import io
+import json
+import math
+from types import SimpleNamespace
+
+import matplotlib.figure
+import numpy as np
+import pytest
+from rich.console import Console
+
+from afl_jax import reports
+
+NAN = float("nan")
+
+
+def test_interval_of_equal_values_is_that_value():
+    assert reports.bootstrap_interval([0.5, 0.5, NAN, 0.5]) == (0.5, 0.5)
+
+
+def test_interval_of_many_values_is_the_normal_one():
+    values = np.random.default_rng(0).normal(10.0, 2.0, 400)
+    low, high = reports.bootstrap_interval(values)
+    error = values.std() / math.sqrt(400)
+    # 1.96 standard errors to each side; the bootstrap's own noise is a few percent of one.
+    assert low == pytest.approx(values.mean() - 1.96 * error, abs=0.15 * error)
+    assert high == pytest.approx(values.mean() + 1.96 * error, abs=0.15 * error)
+
+
+def test_interval_widens_with_confidence_and_repeats_with_its_seed():
+    values = np.random.default_rng(0).random(30)
+    narrow, wide = (reports.bootstrap_interval(values, confidence=c) for c in (0.5, 0.99))
+    assert wide[0] < narrow[0] < values.mean() < narrow[1] < wide[1]
+    assert reports.bootstrap_interval(values) == reports.bootstrap_interval(values)
+    assert reports.bootstrap_interval(values) != reports.bootstrap_interval(values, seed=1)
+
+
+@pytest.mark.parametrize("values", [[], [0.5], [NAN, 0.5, NAN]])
+def test_fewer_than_two_values_have_no_interval(values):
+    low, high = reports.bootstrap_interval(values)
+    assert math.isnan(low)
+    assert math.isnan(high)
+
+
+ROWS = [
+    {"case_id": "a", "dice": 0.25, "hd95_mm": NAN, "num_lesions": 1},
+    {
+        "case_id": "b",
+        "dice": np.float32(0.75),
+        "hd95_mm": NAN,
+        "num_lesions": 2,
+        "volume_mm3": 1500.5,
+    },
+    {"case_id": "c", "dice": NAN, "hd95_mm": NAN, "num_lesions": 6},
+]
+
+
+def test_summary_averages_what_is_defined_and_counts_it():
+    summary = reports.summarise(ROWS)
+    assert list(summary) == ["dice", "hd95_mm", "num_lesions", "volume_mm3"]
+    assert summary["dice"].mean == (0.25 + 0.75) / 2
+    assert summary["dice"].count == 2
+    assert 0.25 <= summary["dice"].low <= summary["dice"].high <= 0.75
+    assert summary["num_lesions"][::3] == ((1 + 2 + 6) / 3, 3)
+    assert summary["volume_mm3"][::3] == (1500.5, 1)
+    assert summary["hd95_mm"].count == 0
+    assert math.isnan(summary["hd95_mm"].mean)
+
+
+def test_csv_has_every_column_and_marks_what_is_undefined(tmp_path):
+    path = tmp_path / "cases.csv"
+    path.write_text("an older and much longer file\n" * 20)
+    reports.write_csv(path, ROWS)
+    with path.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert list(rows[0]) == ["case_id", "dice", "hd95_mm", "num_lesions", "volume_mm3"]
+    assert [row["dice"] for row in rows] == ["0.25", "0.75", "nan"]
+    assert [row["volume_mm3"] for row in rows] == ["", "1500.5", ""]
+    assert [child.name for child in tmp_path.iterdir()] == ["cases.csv"]
+
+
+def test_json_turns_what_it_lacks_into_null(tmp_path):
+    path = tmp_path / "summary.json"
+    content = {
+        "summary": reports.Summary(0.5, NAN, math.inf, np.int64(3)),
+        "values": np.array([1.0, NAN]),
+        "names": ("Zürich", None, True),
+    }
+    reports.write_json(path, content)
+    assert json.loads(path.read_text(encoding="utf-8")) == {
+        "summary": {"mean": 0.5, "low": None, "high": None, "count": 3},
+        "values": [1.0, None],
+        "names": ["Zürich", None, True],
+    }
+
+
+def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
+    path = tmp_path / "cases.csv"
+    reports.write_csv(path, ROWS)
+    before = path.read_text()
+
+    class Broken:
+        def __str__(self):
+            raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        reports.write_csv(path, [*ROWS, {"case_id": Broken()}])
+    assert path.read_text() == before
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def printed(rows, width=100) -> list[list[str]]:
+    console = Console(width=width, record=True, file=io.StringIO())
+    console.print(reports.case_table(rows, title="validation"))
+    return [line.split() for line in console.export_text().splitlines() if line.strip()]
+
+
+def test_table_lists_cases_then_mean_interval_and_count():
+    rows = [{"case_id": "a", "dice": 0.5, "n": 2}, {"case_id": "b", "dice": 0.5, "n": 2}]
+    rows.append({"case_id": "c", "dice": NAN, "n": 1234.5})
+    title, header, _rule, *lines = printed(rows)
+    assert title == ["validation"]
+    assert header == ["case_id", "dice", "n"]
+    assert lines[:3] == [["a", "0.500", "2"], ["b", "0.500", "2"], ["c", "-", "1,234"]]
+    assert lines[3] == ["mean", "0.500", "413"]  # (2 + 2 + 1234.5) / 3 = 412.8
+    assert lines[4] == ["95", "%", "from", "0.500", "2.000"]
+    assert lines[5][:4] == ["95", "%", "to", "0.500"]
+    assert lines[6] == ["cases", "2", "3"]
+
+
+def test_a_narrow_table_cuts_nothing_off():
+    rows = [{"case_id": "prostate_10000_1000000", "dice": 0.123, "sensitivity": 0.456}]
+    text = "".join("".join(line) for line in printed(rows, width=32))
+    assert "0.123" in text
+    assert "0.456" in text
+    assert "…" not in text
+
+
+def overlay_case(shape=(24, 16, 6), spacing=(1.0, 1.0, 3.0), **changes) -> reports.OverlayCase:
+    labels = np.zeros(shape, np.int32)
+    labels[4:8, 6:12] = 1
+    fields = {
+        "case_id": "case_001",
+        "image": np.random.default_rng(0).random((*shape, 2)),
+        "truth": labels,
+        "prediction": np.roll(labels, 2, axis=0),
+        "spacing": spacing,
+        "dice": 0.5,
+    }
+    return reports.OverlayCase(**{**fields, **changes})
+
+
+def test_overlay_shows_the_slice_with_most_foreground():
+    truth, prediction, empty = np.zeros((3, 4, 4, 5), np.int32)
+    truth[0, 0, 2] = truth[:2, 0, 3] = prediction[:, :, 1] = 1
+    images = np.zeros((4, 4, 5, 1))
+    images[..., 0] = np.arange(5)
+    shown = {"image": images, "truth": truth, "prediction": prediction}
+    assert overlay_case(**shown).slice_index == 3
+    assert overlay_case(**{**shown, "truth": empty}).slice_index == 1
+    assert overlay_case(**{**shown, "truth": empty, "prediction": empty}).slice_index == 5 // 2
+    image, truth_plane, prediction_plane = overlay_case(**shown).planes
+    assert image.shape == (4, 4)
+    assert image.min() == image.max() == 3
+    assert (truth_plane.sum(), prediction_plane.sum()) == (2, 0)
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """The last figure that was saved, with its axes, for a look at what it holds."""
+    seen = SimpleNamespace()
+    savefig = matplotlib.figure.Figure.savefig
+
+    def remember(figure, *args, **kwargs):
+        seen.figure = figure
+        return savefig(figure, *args, **kwargs)
+
+    monkeypatch.setattr(matplotlib.figure.Figure, "savefig", remember)
+    return seen
+
+
+@pytest.mark.parametrize(
+    "cases",
+    [
+        [overlay_case()],
+        [overlay_case(), overlay_case((10, 30, 4), (0.5, 0.5, 3.0)), overlay_case(dice=NAN)],
+        [overlay_case((24, 16), (1.0, 2.0))],
+        [overlay_case(truth=np.zeros((24, 16, 6)), prediction=np.zeros((24, 16, 6)))],
+    ],
+    ids=["one", "three", "2d", "empty"],
+)
+def test_overlay_draws_one_row_per_case(tmp_path, drawn, cases):
+    path = tmp_path / "overlay.png"
+    reports.overlay_figure(cases, path)
+    assert path.read_bytes().startswith(b"\x89PNG")
+    assert list(tmp_path.iterdir()) == [path]
+    assert len(drawn.figure.axes) == 3 * len(cases)
+    for case, axes in zip(cases, drawn.figure.axes[::3], strict=True):
+        assert axes.get_title(loc="left").startswith(case.case_id)
+    titles = [axes.get_title(loc="right") for axes in drawn.figure.axes[2::3]]
+    assert titles == [
+        "Dice undefined" if math.isnan(case.dice) else f"Dice {case.dice:.3f}" for case in cases
+    ]
+
+
+def test_overlay_outlines_the_voxels_in_mm(tmp_path, drawn):
+    truth, prediction = np.zeros((2, 8, 6), np.int32)
+    truth[2, 3] = 1  # one voxel: x from 2 to 3 voxels, y from 3 to 4 voxels
+    image = np.zeros((8, 6, 1))
+    image[2, 3] = 1
+    case = overlay_case(
+        (8, 6), (0.5, 2.0), image=image, truth=truth, prediction=prediction, dice=0.0
+    )
+    reports.overlay_figure([case], tmp_path / "overlay.png")
+    plain, with_truth, with_prediction = drawn.figure.axes
+    (outline,) = with_truth.collections
+    corners = {tuple(point) for segment in outline.get_segments() for point in segment}
+    assert corners == {(x * 0.5, y * 2.0) for x in (2, 3) for y in (3, 4)}
+    assert len(outline.get_segments()) == 4
+    assert not with_prediction.collections
+    # x runs right, y runs down: row 3, column 2 of the picture is voxel (2, 3).
+    (picture,) = plain.images
+    assert picture.get_array()[3, 2] == 1
+    assert picture.get_extent() == [0, 8 * 0.5, 6 * 2.0, 0]
+    assert plain.get_aspect() == 1
+
+
+def test_curves_leave_undefined_points_out(tmp_path, drawn):
+    history = [
+        {"epoch": 1, "loss": 0.9},
+        {"epoch": 2, "loss": 0.5, "dice": NAN},
+        {"epoch": 3, "loss": NAN, "dice": 0.7},
+    ]
+    path = tmp_path / "curves.png"
+    reports.curves_figure(history, path)
+    assert path.read_bytes().startswith(b"\x89PNG")
+    loss_axes, metric_axes = drawn.figure.axes
+    (loss,), (dice,) = loss_axes.lines, metric_axes.lines
+    np.testing.assert_array_equal(loss.get_xydata(), [[1, 0.9], [2, 0.5]])
+    np.testing.assert_array_equal(dice.get_xydata(), [[3, 0.7]])
