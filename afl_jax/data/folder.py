@@ -1,0 +1,314 @@
+"""A folder of NIfTI files in the layout of the Medical Segmentation Decathlon, as a data set.
+
+``dataset.json`` at the top of the folder says what there is::
+
+    {"modality": {"0": "T2W", "1": "ADC"},
+     "labels": {"0": "background", "1": "lesion"},
+     "training": [{"image": "./imagesTr/a.nii.gz", "label": "./labelsTr/a.nii.gz"}, ...]}
+
+``image`` is one file, whose fourth dimension, if any, is channels, or a list of files on one grid,
+whose channels are joined in that order; there must be as many channels as ``modality`` names. Image
+and label belong together because an entry says so, and must lie on the same grid. A case is named
+after its label file, without suffix. Files whose name begins with ``._`` are droppings of another
+operating system and are skipped. No path may leave the folder.
+
+The cases, sorted by name, are split by a seeded permutation into ``train`` and ``val``.
+"""
+
+import dataclasses
+import json
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, get_args
+
+import numpy as np
+import tensorflow_datasets as tfds
+
+from afl_jax.data.preprocess import Normalisation, prepare_image, prepare_labels, remap_labels
+from afl_jax.data.records import RecordsBuilder, create_builder, create_info, create_record
+from afl_jax.data.volume import SUFFIXES, Vector, Volume, grid_difference, read_volume
+from afl_jax.errors import InputError
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FolderSettings:
+    """What to make of a folder.
+
+    Attributes:
+      source: The folder that holds ``dataset.json``.
+      shape: Voxels of the prepared grid; volumes are cropped and padded to it.
+      spacing: Of the prepared grid, mm, along LPS; each image's own if None.
+      label_map: Pairs (value in the files, class); the labels of ``dataset.json`` as they are if
+        empty. ``((0, 0), (1, 1), (2, 1))`` makes one foreground of two labels.
+      normalisation: Of the intensities, see `preprocess.normalise`.
+      val_fraction: Share of the cases to validate on, rounded to whole cases, at least one.
+      num_val: Number of cases to validate on; overrides ``val_fraction`` if not None.
+      seed: Of the split.
+    """
+
+    source: str
+    shape: tuple[int, int, int]
+    spacing: Vector | None = None
+    label_map: tuple[tuple[int, int], ...] = ()
+    normalisation: Normalisation = "zscore_nonzero"
+    val_fraction: float = 0.2
+    num_val: int | None = None
+    seed: int = 0
+
+    def __post_init__(self):
+        # Lists, as JSON has them, become tuples: the settings are hashable.
+        object.__setattr__(self, "source", str(Path(self.source).resolve()))
+        object.__setattr__(self, "shape", tuple(self.shape))
+        object.__setattr__(self, "label_map", tuple(tuple(pair) for pair in self.label_map))
+        if self.spacing is not None:
+            object.__setattr__(self, "spacing", tuple(float(value) for value in self.spacing))
+        if len(self.shape) != 3 or not all(isinstance(n, int) and n > 0 for n in self.shape):
+            raise InputError(f"shape must be three positive whole numbers, got {self.shape}.")
+        if self.spacing is not None and (len(self.spacing) != 3 or min(self.spacing) <= 0):
+            raise InputError(f"spacing must be three positive numbers in mm, got {self.spacing}.")
+        if not all(len(pair) == 2 and 0 <= pair[1] <= 255 for pair in self.label_map):
+            raise InputError(
+                "label_map must be pairs (value in the files, class from 0 to 255), "
+                f"got {self.label_map}."
+            )
+        if self.normalisation not in get_args(Normalisation):
+            raise InputError(
+                f"normalisation must be one of {get_args(Normalisation)}, "
+                f"got {self.normalisation!r}."
+            )
+        if not 0 < self.val_fraction < 1:
+            raise InputError(f"val_fraction must lie between 0 and 1, got {self.val_fraction}.")
+
+
+@dataclasses.dataclass(frozen=True)
+class FolderCase:
+    """One entry of ``dataset.json``: its name and its files."""
+
+    case_id: str
+    images: tuple[Path, ...]
+    label: Path
+
+
+class Folder(RecordsBuilder):
+    """Cases of a folder with ``dataset.json``."""
+
+    SETTINGS = FolderSettings
+
+    @classmethod
+    def create(cls, settings: FolderSettings, *, data_dir: str | os.PathLike) -> "Folder":
+        """Makes the builder; its name depends on every file's size and time of change.
+
+        Raises:
+          InputError: If the folder or its ``dataset.json`` is not as it must be, or a file that
+            it names is missing.
+        """
+        source = Path(settings.source)
+        dataset = read_dataset_json(source)
+        cases = list_folder_cases(source, dataset)
+        files = sorted({file for case in cases for file in (*case.images, case.label)})
+        stats = [(str(file.relative_to(source)), file.stat()) for file in files]
+        fingerprint = [dataset, [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]]
+        readable = re.sub(r"[^A-Za-z0-9_]+", "_", source.name)
+        shape = "x".join(str(n) for n in settings.shape)
+        return create_builder(
+            cls,
+            settings,
+            name=f"{readable}-{shape}",
+            fingerprint=fingerprint,
+            data_dir=data_dir,
+        )
+
+    @property
+    def settings(self) -> FolderSettings:
+        """The settings of the builder."""
+        return self.builder_config.settings
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        dataset = read_dataset_json(Path(self.settings.source))
+        return create_info(
+            self,
+            description=str(dataset.get("description") or dataset.get("name") or "A folder."),
+            shape=self.settings.shape,
+            num_channels=len(dataset["modality"]),
+        )
+
+    def list_cases(self) -> dict[str, list[FolderCase]]:
+        """The cases of ``train`` and ``val``."""
+        source = Path(self.settings.source)
+        cases = list_folder_cases(source, read_dataset_json(source))
+        num_val = self.settings.num_val
+        if num_val is None:
+            num_val = max(1, round(self.settings.val_fraction * len(cases)))
+        if not 0 < num_val < len(cases):
+            raise InputError(
+                f"{source}: expected cases both to train and to validate on, found {len(cases)} "
+                f"in all, {num_val} of them to validate on; add cases or change num_val."
+            )
+        order = np.random.default_rng(self.settings.seed).permutation(len(cases))
+        val = set(order[:num_val].tolist())
+        return {
+            "train": [case for index, case in enumerate(cases) if index not in val],
+            "val": [case for index, case in enumerate(cases) if index in val],
+        }
+
+    def prepare_case(self, case: FolderCase) -> dict[str, Any]:
+        """Reads, checks and prepares one case."""
+        settings = self.settings
+        num_channels = self.info.features["image"].shape[-1]
+        image = _read_channels(case.images, num_channels=num_channels)
+        labels = read_volume(case.label)
+        if labels.array.ndim != 3:
+            raise InputError(f"{case.label}: a label must have 3 dimensions, found 4 (channels).")
+        if difference := grid_difference(labels, image):
+            raise InputError(
+                f"{case.label}: expected the grid of its image {case.images[0].name}, "
+                f"found {difference}; check that they belong together."
+            )
+        try:
+            labels = dataclasses.replace(labels, array=remap_labels(labels.array, self._label_map))
+        except InputError as error:
+            raise InputError(f"{case.label}: {error}") from error
+        prepared = prepare_image(
+            image,
+            shape=settings.shape,
+            spacing=settings.spacing,
+            normalisation=settings.normalisation,
+        )
+        voxel_mm3 = float(np.prod(labels.spacing))
+        return create_record(
+            prepared,
+            prepare_labels(labels, prepared),
+            original=image,
+            case_id=case.case_id,
+            lesion_volume_mm3=np.count_nonzero(labels.array) * voxel_mm3,
+        )
+
+    @property
+    def _label_map(self) -> dict[int, int]:
+        if self.settings.label_map:
+            return dict(self.settings.label_map)
+        labels = read_dataset_json(Path(self.settings.source))["labels"]
+        return {int(value): int(value) for value in labels}
+
+
+def read_dataset_json(source: Path) -> dict[str, Any]:
+    """Reads and checks the ``dataset.json`` of a folder.
+
+    Args:
+      source: The folder.
+
+    Returns:
+      The content, with ``modality``, ``labels`` and ``training`` of the right kinds.
+
+    Raises:
+      InputError: If there is no such folder or file, or it is not as the module says.
+    """
+    path = source / "dataset.json"
+    if not source.is_dir():
+        raise InputError(f"{source}: no such folder.")
+    if not path.is_file():
+        raise InputError(f"{path}: no such file; it must list the cases of the folder.")
+    try:
+        dataset = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path}: not valid JSON ({error}); correct it.") from error
+
+    def require(condition: bool, expected: str) -> None:
+        if not condition:
+            raise InputError(f"{path}: expected {expected}; correct it.")
+
+    require(isinstance(dataset, Mapping), "an object with modality, labels and training")
+    for key in ("modality", "labels"):
+        require(
+            isinstance(dataset.get(key), Mapping) and bool(dataset[key]),
+            f'"{key}" as an object such as {{"0": "name"}}',
+        )
+    require(
+        all(re.fullmatch(r"\d{1,3}", value) and int(value) < 256 for value in dataset["labels"]),
+        'the keys of "labels" to be whole numbers from 0 to 255',
+    )
+    require(
+        isinstance(dataset.get("training"), list) and bool(dataset["training"]),
+        '"training" as a list of {"image": file, "label": file}',
+    )
+    for index, entry in enumerate(dataset["training"]):
+        files = [entry.get("image"), entry.get("label")] if isinstance(entry, Mapping) else [None]
+        images = files[0] if isinstance(files[0], list) else files[:1]
+        require(
+            bool(images) and all(isinstance(file, str) for file in (*images, *files[1:])),
+            f'"training" entry {index} to have an "image" (a file or a list) and a "label"',
+        )
+    return dataset
+
+
+def list_folder_cases(source: Path, dataset: Mapping[str, Any]) -> list[FolderCase]:
+    """The cases of a folder, sorted by name; every file is there, none is outside.
+
+    Args:
+      source: The folder.
+      dataset: What `read_dataset_json` returned for it.
+
+    Returns:
+      The cases, with absolute paths.
+
+    Raises:
+      InputError: If a file is missing or outside of the folder, or two cases have one name.
+    """
+    cases: dict[str, FolderCase] = {}
+    for entry in dataset["training"]:
+        images = entry["image"] if isinstance(entry["image"], list) else [entry["image"]]
+        if Path(entry["label"]).name.startswith("._"):
+            continue
+        label = _inside(source, entry["label"])
+        case_id = label.name
+        for suffix in sorted(SUFFIXES, key=len):
+            case_id = case_id.removesuffix(suffix)
+        paths = tuple(_inside(source, image) for image in images)
+        for kind, path in (*(("image", path) for path in paths), ("label", label)):
+            if not path.is_file():
+                raise InputError(
+                    f"case {case_id}: its {kind} {path} is missing; add the file, or remove the "
+                    "case from dataset.json."
+                )
+        if case_id in cases:
+            raise InputError(
+                f"case {case_id}: listed twice in {source / 'dataset.json'}; names must differ."
+            )
+        cases[case_id] = FolderCase(case_id, paths, label)
+    return [cases[case_id] for case_id in sorted(cases)]
+
+
+def _inside(source: Path, name: str) -> Path:
+    """A path that an entry names, resolved; neither ``..`` nor a link may lead out."""
+    path = (source / name).resolve()
+    if not path.is_relative_to(source.resolve()):
+        raise InputError(
+            f"{source / 'dataset.json'}: the path {name!r} leads out of the folder; "
+            "move the file inside."
+        )
+    return path
+
+
+def _read_channels(paths: tuple[Path, ...], *, num_channels: int) -> Volume:
+    """Reads the files of one image and joins their channels, ``[X, Y, Z, C]``."""
+    volumes = [read_volume(path) for path in paths]
+    for path, volume in zip(paths, volumes, strict=True):
+        if difference := grid_difference(volume, volumes[0]):
+            raise InputError(
+                f"{path}: expected the grid of {paths[0].name}, found {difference}; "
+                "resample the channels of a case onto one grid."
+            )
+        if not np.all(np.isfinite(volume.array)):
+            raise InputError(f"{path}: has voxels that are not finite; correct the image.")
+    arrays = [
+        volume.array if volume.array.ndim == 4 else volume.array[..., None] for volume in volumes
+    ]
+    array = np.concatenate(arrays, axis=-1)
+    if array.shape[-1] != num_channels:
+        raise InputError(
+            f"{paths[0]}: expected {num_channels} channels, as many as dataset.json names under "
+            f'"modality", found {array.shape[-1]}.'
+        )
+    return dataclasses.replace(volumes[0], array=array)
