@@ -366,10 +366,10 @@ def _draw_curves(axes: "Axes", history: Sequence[Row], columns: Sequence[str]) -
             marker = "o" if len(points) <= 30 else None
             axes.plot(*zip(*points, strict=True), color=colour, label=column, marker=marker, ms=3)
     axes.set_xlabel("epoch")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", alpha=0.3)
-    if len(axes.lines) > 1:
+    if axes.lines:
         axes.legend(frameon=False, fontsize=9)
 
 

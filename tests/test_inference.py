@@ -96,6 +96,20 @@ def test_patches_advance_by_their_step_and_end_at_the_border():
     firsts.clear()
     sliding_window(record, ramp, patch_shape=(4, 1), overlap=0.0)
     assert firsts == [0, 4, 6]
+    firsts.clear()
+    # A step of 20 * (1 - 0.9) = 2, which floating point makes a little less.
+    sliding_window(record, np.arange(25.0).reshape(25, 1, 1), patch_shape=(20, 1), overlap=0.9)
+    assert firsts == [0, 2, 4, 5]
+
+
+def test_a_small_volume_lies_in_the_middle_of_the_patch():
+    def record(patches):
+        np.testing.assert_array_equal(patches.ravel(), [0, 0, 1, 2, 0, 0, 0])
+        return patches
+
+    image = np.array([1.0, 2.0]).reshape(2, 1, 1)
+    output = sliding_window(record, image, patch_shape=(7, 1))
+    np.testing.assert_array_equal(output, image)
 
 
 def test_constant_blending_averages_the_patches_that_cover_a_voxel():

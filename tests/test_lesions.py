@@ -197,6 +197,8 @@ def test_each_summary_of_known_distances():
 )
 def test_empty_masks_follow_the_table(prediction, labels, expected_surface_dice):
     distances = lesions.surface_distances(line(prediction), line(labels), spacing=(1, 1, 1))
+    assert [d.size for d in distances] == [prediction.count("#"), labels.count("#")]
+    assert np.isnan(np.concatenate(distances)).all()
     assert math.isnan(lesions.hausdorff_distance(distances))
     assert math.isnan(lesions.hausdorff_distance_95(distances))
     assert math.isnan(lesions.average_symmetric_surface_distance(distances))

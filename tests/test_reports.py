@@ -203,6 +203,13 @@ def test_overlay_draws_one_row_per_case(tmp_path, drawn, cases):
     ]
 
 
+def test_overlay_panels_have_the_proportions_of_the_patient(tmp_path, drawn):
+    reports.overlay_figure([overlay_case((24, 16), (1.0, 2.0))], tmp_path / "overlay.png")
+    panel = drawn.figure.axes[0].get_position(original=True)
+    width, height = drawn.figure.get_size_inches()
+    assert panel.height * height / (panel.width * width) == pytest.approx(16 * 2.0 / (24 * 1.0))
+
+
 def test_overlay_outlines_the_voxels_in_mm(tmp_path, drawn):
     truth, prediction = np.zeros((2, 8, 6), np.int32)
     truth[2, 3] = 1  # one voxel: x from 2 to 3 voxels, y from 3 to 4 voxels
