@@ -157,7 +157,7 @@ def read_weights(path: str | Path) -> Weights:
     if not path.is_file():
         raise InputError(f"{path}: expected a file of weights, found none: check the path.")
     try:
-        return _without_extras(readers[path.suffix](path))
+        weights = _without_extras(readers[path.suffix](path))
     except InputError:
         raise
     except Exception as error:  # Each format has a dozen ways to be broken, and its own errors.
@@ -166,14 +166,21 @@ def read_weights(path: str | Path) -> Weights:
             f"corrupted, truncated, or holds something else ({type(error).__name__}): download it "
             "again, or save the network's weights alone."
         ) from error
+    others = [name for name, weight in weights.items() if not isinstance(weight, np.ndarray)]
+    if others:
+        raise InputError(
+            f"{path}: expected arrays by name, alone or (.pth, .pt) under {', '.join(_WRAPPERS)}, "
+            f"found other things under {_listed(others)}: save the network's weights alone."
+        )
+    return weights
 
 
-def _read_npz(path: Path) -> Weights:
+def _read_npz(path: Path) -> dict[str, Any]:
     with np.load(path, allow_pickle=False) as arrays:
         return dict(arrays)
 
 
-def _read_torch(path: Path) -> Weights:
+def _read_torch(path: Path) -> dict[str, Any]:
     try:
         import torch
     except ImportError as error:
@@ -181,20 +188,19 @@ def _read_torch(path: Path) -> Weights:
             f"{path}: a {path.suffix} file is read by PyTorch, which is not installed: "
             'pip install "afl-jax[torch]", or save the weights as .safetensors or .npz.'
         ) from error
+
+    def to_numpy(tensor: torch.Tensor) -> np.ndarray:
+        # NumPy has no bfloat16.
+        tensor = tensor.float() if tensor.dtype == torch.bfloat16 else tensor
+        return tensor.detach().numpy()
+
     state_dict = torch.load(path, map_location="cpu", weights_only=True)
     for wrapper in _WRAPPERS:
         if isinstance(state_dict.get(wrapper), Mapping):
             state_dict = state_dict[wrapper]
-    others = [name for name, value in state_dict.items() if not isinstance(value, torch.Tensor)]
-    if others:
-        raise InputError(
-            f"{path}: expected tensors by name, alone or under {', '.join(_WRAPPERS)}, found "
-            f"other things under {_listed(others)}: save the network's state_dict() alone."
-        )
-    # NumPy has no bfloat16.
     return {
-        name: (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).detach().numpy()
-        for name, tensor in state_dict.items()
+        name: to_numpy(value) if isinstance(value, torch.Tensor) else value
+        for name, value in state_dict.items()
     }
 
 
