@@ -101,6 +101,29 @@ def test_a_damaged_byte_in_a_packed_file_is_refused(tmp_path):
         read_volume(path)
 
 
+@pytest.mark.parametrize("suffix", SUFFIXES)
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_values_that_are_not_finite_are_refused(tmp_path, suffix, dtype, value):
+    array = np.ones((3, 4, 5), dtype)
+    array[2, 3, 4] = value
+    write_volume(tmp_path / f"case{suffix}", Volume(array))
+    with pytest.raises(InputError, match=one_line("has voxels that are not finite")):
+        read_volume(tmp_path / f"case{suffix}")
+
+
+def test_a_file_in_the_other_byte_order_is_read(tmp_path):
+    path = tmp_path / "case.nii"
+    volume = create_volume(dtype=np.float32)
+    write_volume(path, volume)
+    header, voxels = path.read_bytes()[:352], path.read_bytes()[352:]
+    # The fields of a NIfTI-1 header up to the affine, as struct counts them.
+    fields = "i10s18sihss8h3f4h8f3fhss4f2i80s24s2h6f12f16s4s4s"
+    swapped = struct.pack(f">{fields}", *struct.unpack(f"<{fields}", header))
+    path.write_bytes(swapped + np.frombuffer(voxels, "<f4").astype(">f4").tobytes())
+    np.testing.assert_array_equal(read_volume(path).array, volume.array)
+
+
 def test_an_absurd_size_is_refused_from_the_header(tmp_path):
     path = tmp_path / "huge.nii"
     write_volume(path, create_volume())

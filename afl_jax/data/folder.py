@@ -300,8 +300,6 @@ def _read_channels(paths: tuple[Path, ...], *, num_channels: int) -> Volume:
                 f"{path}: expected the grid of {paths[0].name}, found {difference}; "
                 "resample the channels of a case onto one grid."
             )
-        if not np.all(np.isfinite(volume.array)):
-            raise InputError(f"{path}: has voxels that are not finite; correct the image.")
     arrays = [
         volume.array if volume.array.ndim == 4 else volume.array[..., None] for volume in volumes
     ]

@@ -9,10 +9,11 @@ examination. SimpleITK's arrays run z, y, x: that order exists only inside this 
 with channels is four-dimensional, channels last, as the Medical Segmentation Decathlon has it.
 
 A header is read before the pixels are, so that a file that claims an absurd size is refused before
-memory is taken. A NIfTI file is counted to its last byte, since ITK reads a truncated one without
-complaint and leaves the missing voxels to chance. A MetaImage file must hold its own pixels: one
-that points at another file could point anywhere. Files are written beside their place and renamed,
-so that a file of that name is always whole.
+memory is taken. The bytes of a NIfTI file are looked at before ITK reads them: it takes a truncated
+file without complaint, leaving the missing voxels to chance, and makes zeros of values that are not
+finite. A MetaImage file must hold its own pixels: one that points at another file could point
+anywhere. Files are written beside their place and renamed, so that a file of that name is always
+whole.
 """
 
 import dataclasses
@@ -50,6 +51,8 @@ _AXIS_ALIGNED = (1.0, 0.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 1.0)
 _META_HEADER_BYTES = 65536
 # A NIfTI-1 header with its extension flag, after which ITK writes the voxels.
 _NIFTI_HEADER_BYTES = 352
+# The codes of float32 and float64.
+_NIFTI_FLOAT_TYPES = ("16", "64")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -105,7 +108,7 @@ def read_volume(path: str | os.PathLike) -> Volume:
 
     Raises:
       InputError: If the file is missing, of another kind, truncated or otherwise unreadable, not
-        three-dimensional, or larger than ``MAX_NUM_VALUES``.
+        three-dimensional, larger than ``MAX_NUM_VALUES``, or has values that are not finite.
     """
     path = Path(path)
     suffix = _suffix(path)
@@ -120,8 +123,8 @@ def read_volume(path: str | os.PathLike) -> Volume:
         size = reader.GetSize()
         _require_readable(path, size, reader.GetNumberOfComponents())
         if suffix != ".mha":
-            _require_whole(path, _nifti_bytes(reader, size))
-        return _from_image(reader.Execute())
+            _require_sound_voxels(path, reader)
+        volume = _from_image(reader.Execute())
     except InputError:
         raise
     except (RuntimeError, ValueError, OSError, EOFError, zlib.error, MemoryError) as error:
@@ -134,6 +137,8 @@ def read_volume(path: str | os.PathLike) -> Volume:
             f"{path}: cannot be read as an image; it may be truncated, damaged or of another "
             "kind: fetch it again."
         ) from error
+    _require_finite(path, volume.array)
+    return volume
 
 
 def write_volume(path: str | os.PathLike, volume: Volume) -> None:
@@ -157,7 +162,7 @@ def write_volume(path: str | os.PathLike, volume: Volume) -> None:
         SimpleITK.WriteImage(_to_image(volume), str(partial), useCompression=suffix != ".nii")
         # ITK does not notice a disk that fills up: what was written is counted before it counts.
         if suffix != ".mha":
-            _require_whole(partial, _NIFTI_HEADER_BYTES + volume.array.nbytes)
+            _read_bytes(partial, _NIFTI_HEADER_BYTES + volume.array.nbytes)
         partial.replace(path)
     except (RuntimeError, OSError, EOFError) as error:
         raise InputError(
@@ -294,21 +299,31 @@ def _require_pixels_inside(path: Path) -> None:
         )
 
 
-def _nifti_bytes(reader: SimpleITK.ImageFileReader, size: tuple[int, ...]) -> int:
-    """Bytes that the file must hold, from its header: where the voxels begin, and the voxels."""
-    num_values = math.prod(size) * reader.GetNumberOfComponents()
+def _require_sound_voxels(path: Path, reader: SimpleITK.ImageFileReader) -> None:
+    """Refuses a NIfTI file whose voxels are not all there, or not all finite."""
+    num_values = math.prod(reader.GetSize()) * reader.GetNumberOfComponents()
+    num_bits = int(reader.GetMetaData("bitpix"))
     voxels_begin = int(float(reader.GetMetaData("vox_offset")))
-    return voxels_begin + num_values * int(reader.GetMetaData("bitpix")) // 8
+    data = _read_bytes(path, voxels_begin + num_values * num_bits // 8)
+    if reader.GetMetaData("datatype") in _NIFTI_FLOAT_TYPES:
+        # The first field is the header's own size, below 2^16 in the right byte order.
+        order = "<" if int.from_bytes(data[:4], "little") < 2**16 else ">"
+        _require_finite(path, np.frombuffer(data, f"{order}f{num_bits // 8}", offset=voxels_begin))
 
 
-def _require_whole(path: Path, num_bytes: int) -> None:
-    """Raises EOFError unless a file, unpacked, has ``num_bytes``; checks a gzip checksum too."""
+def _require_finite(path: Path, values: np.ndarray) -> None:
+    if not np.all(np.isfinite(values)):
+        raise InputError(f"{path}: has voxels that are not finite; correct the image.")
+
+
+def _read_bytes(path: Path, num_bytes: int) -> bytes:
+    """The first bytes of a file, unpacked; EOFError if it has fewer, or a wrong checksum."""
     with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
-        found = 0
-        while found <= num_bytes and (chunk := file.read(2**20)):
-            found += len(chunk)
-    if found < num_bytes:
-        raise EOFError(f"{num_bytes} bytes expected, {found} found")
+        # One byte more reaches the end of a whole file, where gzip compares the checksum.
+        data = file.read(num_bytes + 1)[:num_bytes]
+    if len(data) < num_bytes:
+        raise EOFError(f"{num_bytes} bytes expected, {len(data)} found")
+    return data
 
 
 def _rounded(values: tuple[float, ...]) -> tuple[float, ...]:
