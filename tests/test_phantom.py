@@ -77,11 +77,11 @@ def test_lesions_differ_from_their_surroundings_in_every_channel(cases):
         inside, outside = case.image.array[labels], case.image.array[near]
         contrasts.append((inside.mean(axis=0) - outside.mean(axis=0)) / outside.std(axis=0))
     t2w, adc, hbv = np.mean(contrasts, axis=0)
-    assert t2w < -0.5
-    assert adc < -0.5
+    assert t2w < -1
+    assert adc < -1
     assert hbv > 1
     # Contrast to noise of the channels together.
-    assert 2 < np.linalg.norm([t2w, adc, hbv]) < 4
+    assert 3 < np.linalg.norm([t2w, adc, hbv]) < 5
 
 
 @pytest.mark.parametrize("channel", range(len(CHANNELS)), ids=CHANNELS)
@@ -135,7 +135,7 @@ def test_records_say_how_large_and_how_rough_lesions_are(tmp_path):
             np.testing.assert_array_equal(record["labels"], case.labels.array)
             assert record["lesion_volume_mm3"] == case.labels.array.sum() * 3.0
             assert record["roughness"] == np.float32(case.roughness)
-            assert 0 <= record["roughness"] <= 0.35
+            assert 0 <= record["roughness"] <= 0.3
             np.testing.assert_array_equal(record["content_start"], 0)
             np.testing.assert_array_equal(record["content_stop"], (24, 24, 8))
             assert np.abs(record["image"].mean(axis=(0, 1, 2))).max() < 1e-4

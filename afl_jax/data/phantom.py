@@ -11,7 +11,7 @@ and other tissues are as dark or as bright as lesions are, so that no threshold 
 the lesions: their channels must be combined, and compared with the neighbourhood. The boundary is
 blurred by partial volume.
 
-Sizes are drawn log-uniformly: there are as many lesions from 20 to 40 mm3 as from 1000 to 2000. The
+Sizes are drawn log-uniformly: there are as many lesions from 40 to 80 mm3 as from 1000 to 2000. The
 surface of a lesion is an ellipsoid whose radius is modulated by a smooth random field; its relative
 amplitude is the roughness of the case. Every number of a case follows from (seed, split, index).
 """
@@ -34,15 +34,15 @@ CHANNELS = ("t2w", "adc", "hbv")
 _SPLITS = ("train", "val")
 # Mean intensity of each tissue in each channel, and how lesions and distractors change it.
 _AIR = np.array([0.03, 0.03, 0.03])
-_FAT = np.array([0.80, 0.30, 0.30])
+_FAT = np.array([0.80, 0.30, 0.60])
 _MUSCLE = np.array([0.35, 0.50, 0.40])
 _OUTER_ZONE = np.array([0.70, 0.75, 0.35])
 _INNER_ZONE = np.array([0.50, 0.60, 0.45])
-_LESION = np.array([-0.20, -0.22, 0.20])
-_TISSUE_VARIATION = 0.04
-_BIAS_AMPLITUDE = 0.12
-_TEXTURE_AMPLITUDE = 0.07
-_NOISE_AMPLITUDE = 0.05
+_LESION = np.array([-0.32, -0.38, 0.28])
+_TISSUE_VARIATION = 0.03
+_BIAS_AMPLITUDE = 0.08
+_TEXTURE_AMPLITUDE = 0.05
+_NOISE_AMPLITUDE = 0.035
 # Relative radius, from the centre of the field of view, at which each tissue ends.
 _BODY_RADIUS, _MUSCLE_RADIUS, _ORGAN_RADIUS, _INNER_RADIUS = 0.95, 0.85, 0.68, 0.34
 
@@ -67,8 +67,8 @@ class PhantomSettings:
     num_val: int = 16
     shape: tuple[int, int, int] = (48, 48, 16)
     spacing: Vector = (1.0, 1.0, 3.0)
-    lesion_volume_mm3: tuple[float, float] = (24.0, 2400.0)
-    roughness: tuple[float, float] = (0.0, 0.35)
+    lesion_volume_mm3: tuple[float, float] = (36.0, 3000.0)
+    roughness: tuple[float, float] = (0.0, 0.3)
     max_num_lesions: int = 3
     empty_fraction: float = 0.1
     seed: int = 0
