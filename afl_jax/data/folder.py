@@ -120,11 +120,6 @@ class Folder(RecordsBuilder):
             data_dir=data_dir,
         )
 
-    @property
-    def settings(self) -> FolderSettings:
-        """The settings of the builder."""
-        return self.builder_config.settings
-
     def _info(self) -> tfds.core.DatasetInfo:
         dataset = read_dataset_json(Path(self.settings.source))
         return create_info(

@@ -120,11 +120,6 @@ class Phantom(RecordsBuilder):
         name = f"{settings.num_train}-{settings.num_val}-{shape}"
         return create_builder(cls, settings, name=name, fingerprint=None, data_dir=data_dir)
 
-    @property
-    def settings(self) -> PhantomSettings:
-        """The settings of the builder."""
-        return self.builder_config.settings
-
     def _info(self) -> tfds.core.DatasetInfo:
         return create_info(
             self,

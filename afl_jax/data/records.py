@@ -43,7 +43,7 @@ class RecordsConfig(tfds.core.BuilderConfig):
 
 
 class RecordsBuilder(tfds.core.GeneratorBasedBuilder, abc.ABC, skip_registration=True):
-    """A builder of prepared cases; a subclass lists its cases and prepares one.
+    """A builder of prepared cases; a subclass lists its cases and prepares one of them.
 
     Attributes:
       SETTINGS: The frozen dataclass of the builder's settings, set by the subclass.
@@ -57,6 +57,11 @@ class RecordsBuilder(tfds.core.GeneratorBasedBuilder, abc.ABC, skip_registration
 
     _num_workers = 1
     _progress: Progress | None = None
+
+    @property
+    def settings(self) -> Any:
+        """The settings, an instance of ``SETTINGS``."""
+        return self.builder_config.settings
 
     def prepare(self, *, num_workers: int = 1, progress: Progress | None = None) -> None:
         """Builds the data set, unless it is there already.
@@ -90,6 +95,11 @@ class RecordsBuilder(tfds.core.GeneratorBasedBuilder, abc.ABC, skip_registration
             root = Path(self.data_dir_root)
             for folder in (Path(self.data_dir).parent, root / "downloads" / "extracted"):
                 _remove_empty_folders(folder, top=root)
+
+    @classmethod
+    @abc.abstractmethod
+    def create(cls, settings: Any, *, data_dir: str | os.PathLike) -> "RecordsBuilder":
+        """Makes the builder of these settings, by `create_builder`; nothing is built yet."""
 
     @abc.abstractmethod
     def list_cases(self) -> dict[str, Sequence[Any]]:

@@ -114,11 +114,11 @@ def read_volume(path: str | os.PathLike) -> Volume:
     suffix = _suffix(path)
     if not path.is_file():
         raise InputError(f"{path}: no such file.")
-    if suffix == ".mha":
-        _require_pixels_inside(path)
     reader = SimpleITK.ImageFileReader()
     reader.SetFileName(str(path))
     try:
+        if suffix == ".mha":
+            _require_pixels_inside(path)
         reader.ReadImageInformation()
         size = reader.GetSize()
         _require_readable(path, size, reader.GetNumberOfComponents())
