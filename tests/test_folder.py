@@ -2,6 +2,7 @@
 
 import json
 import re
+import resource
 import shutil
 from pathlib import Path
 
@@ -320,23 +321,28 @@ def test_bad_input_is_named_in_one_line_and_leaves_nothing(source, tmp_path, dam
     assert list(data_dir.rglob("*")) == []
 
 
-@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
-def test_a_build_that_stops_leaves_earlier_ones_only(source, tmp_path, monkeypatch, error):
+def test_a_disk_that_fills_up_is_named_and_leaves_earlier_builds_only(source, tmp_path):
     data_dir = tmp_path / "data"
     prepare(source, data_dir)
     earlier = sorted(data_dir.rglob("*"))
-
-    def fail(self, case):
-        if case.case_id == "case_3":
-            raise error
-        return original(self, case)
-
-    original = Folder.prepare_case
-    monkeypatch.setattr(Folder, "prepare_case", fail)
-    expected = InputError if isinstance(error, OSError) else KeyboardInterrupt
-    with pytest.raises(expected):
-        prepare(source, data_dir, seed=1)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        with pytest.raises(InputError, match=one_line("the data set cannot be written")):
+            prepare(source, data_dir, seed=1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert sorted(data_dir.rglob("*")) == earlier
+
+
+def test_a_build_that_is_interrupted_leaves_nothing(source, tmp_path, monkeypatch):
+    def interrupt(self, case):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Folder, "prepare_case", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        prepare(source, tmp_path / "data")
+    assert list((tmp_path / "data").rglob("*")) == []
 
 
 @pytest.mark.parametrize(
