@@ -184,3 +184,16 @@ def test_kernels_start_with_the_variance_of_he():
     # The variance of n normal numbers has a relative standard deviation of sqrt(2 / n): 5 of them.
     assert abs(kernel.var() / expected - 1) < 5 * np.sqrt(2 / kernel.size)
     assert abs(kernel.mean()) < 5 * np.sqrt(expected / kernel.size)
+
+
+def test_bfloat16_stays_bfloat16():
+    x = jax.ShapeDtypeStruct((1, 4, 4, 4, 3), jnp.bfloat16)
+    skip = jax.ShapeDtypeStruct((1, 8, 8, 4, 2), jnp.bfloat16)
+    kernel = jax.ShapeDtypeStruct((3, 3, 3, 3, 4), jnp.bfloat16)
+    wide_kernel = jax.ShapeDtypeStruct((3, 3, 3, 5, 4), jnp.bfloat16)
+    same = jax.eval_shape(lambda *args: blocks.conv(*args, strides=(1, 1, 1)), x, kernel)
+    assert same.dtype == jnp.bfloat16
+    up = jax.eval_shape(
+        lambda *args: blocks.upsample_concat_conv(*args, scale=(2, 2, 1)), x, skip, wide_kernel
+    )
+    assert up.dtype == jnp.bfloat16
