@@ -126,6 +126,17 @@ def write_csv(path: str | Path, rows: Sequence[Row]) -> None:
         writer.writerows(rows)
 
 
+def write_text(path: str | Path, text: str) -> None:
+    """Write a text file in UTF-8.
+
+    Args:
+        path: replaced if it exists.
+        text: the whole content.
+    """
+    with _written_beside(path) as beside:
+        beside.write_text(text, encoding="utf-8")
+
+
 def write_json(path: str | Path, content: Any) -> None:
     """Write a tree of dicts, lists, named tuples, numbers and strings as JSON.
 
@@ -134,9 +145,21 @@ def write_json(path: str | Path, content: Any) -> None:
         content: numpy numbers and arrays are welcome; named tuples become objects; NaN and
             infinities, which JSON lacks, become null.
     """
-    text = json.dumps(_jsonable(content), indent=2, ensure_ascii=False, allow_nan=False)
-    with _written_beside(path) as beside:
-        beside.write_text(text + "\n", encoding="utf-8")
+    write_text(path, _to_json(content, indent=2) + "\n")
+
+
+def write_jsonl(path: str | Path, rows: Sequence[Row]) -> None:
+    """Write rows as JSON lines, one object a row; values as in `write_json`.
+
+    Args:
+        path: replaced if it exists.
+        rows: any number.
+    """
+    write_text(path, "".join(_to_json(row, indent=None) + "\n" for row in rows))
+
+
+def _to_json(content: Any, *, indent: int | None) -> str:
+    return json.dumps(_jsonable(content), indent=indent, ensure_ascii=False, allow_nan=False)
 
 
 def _jsonable(content: Any) -> Any:

@@ -321,7 +321,9 @@ def _conv_unit_backward(padding, residuals, dy):
     x, kernel = residuals
     taps = kernel.shape[:3]
     transposed = jnp.flip(kernel, (0, 1, 2)).swapaxes(-1, -2)
-    opposite = tuple((k - 1 - low, k - 1 - high) for k, (low, high) in zip(taps, padding))
+    opposite = tuple(
+        (k - 1 - low, k - 1 - high) for k, (low, high) in zip(taps, padding, strict=True)
+    )
     dx = _conv_unit(dy, transposed, opposite)
     return dx, _kernel_gradient(x, dy, taps=taps, padding=padding)
 
@@ -392,7 +394,7 @@ def _conv_of_upsampled(x: jax.Array, kernel: jax.Array, *, scale: Ints) -> jax.A
         # [phase, low tap, ...] -> the low tap back in place, the phase in front of C_out.
         kernel = jnp.moveaxis(kernel, (0, 1), (-2, axis))
     phases, c_out = kernel.shape[-1 - num_axes : -1], kernel.shape[-1]
-    kernel = kernel.reshape(*kernel.shape[: num_axes + 1], -1)
+    kernel = kernel.reshape(*kernel.shape[: num_axes + 1], -1).astype(x.dtype)
     unit = (1,) * num_axes
     y = _conv_cpu(x, kernel, strides=unit, padding=((1, 1),) * num_axes)
     y = y.reshape(*y.shape[:-1], *phases, c_out)
@@ -404,7 +406,7 @@ def _conv_of_upsampled(x: jax.Array, kernel: jax.Array, *, scale: Ints) -> jax.A
             others = lax.slice_in_dim(y, 1, n + 1, axis=spatial)
             others = lax.slice_in_dim(others, 1, factor, axis=phase)
             y = jnp.concatenate([first, others], axis=phase)
-    order = itertools.chain(*zip(range(1, 1 + num_axes), range(1 + num_axes, 1 + 2 * num_axes)))
+    order = itertools.chain(*((axis, axis + num_axes) for axis in range(1, 1 + num_axes)))
     y = y.transpose(0, *order, y.ndim - 1)
     sizes = [n * s for n, s in zip(x.shape[1:-1], scale, strict=True)]
     return y.reshape(x.shape[0], *sizes, c_out)

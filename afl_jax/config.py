@@ -1,0 +1,210 @@
+"""One run, whole, as frozen dataclasses: hashable, compared by value, to and from JSON.
+
+A config holds names and numbers only; the command line turns them into functions and objects.
+A variation is ``dataclasses.replace``; a typo fails where it stands.
+"""
+
+import dataclasses
+import json
+import types
+import typing
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from afl_jax.errors import InputError
+
+Ints = tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """Which data set, and how its cases are prepared."""
+
+    name: str = "phantom"
+    """Builder of the data set: phantom or folder."""
+    source: str | None = None
+    """Folder of the raw data: with dataset.json, imagesTr and labelsTr (folder only)."""
+    data_dir: str = "data"
+    """Where prepared data sets are kept; made if it does not exist."""
+    shape: tuple[int, int, int] = (48, 48, 16)
+    """Grid in voxels, x y z, to which a volume is cropped or padded."""
+    spacing: tuple[float, float, float] | None = None
+    """Voxel size in mm, x y z, to which a volume is resampled; its own if None."""
+    normalisation: Literal["zscore_nonzero", "zscore", "none"] | None = None
+    """Of the intensities of each channel; zscore_nonzero if None (folder only)."""
+    label_map: tuple[tuple[int, int], ...] | None = None
+    """Pairs of label in the file and class, e.g. 0 0 1 1 2 1; each its own class if None."""
+    num_train: int | None = None
+    """Cases to train on (phantom only)."""
+    num_val: int | None = None
+    """Cases to validate on; the builder's default if None."""
+    seed: int = 0
+    """Of the split, and of what the phantom draws."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """The network."""
+
+    name: str = "resnet50_unet"
+    """One of afl_jax.MODELS."""
+    num_classes: int = 2
+    """Output channels, background included; 1 for a single sigmoid."""
+    strides: tuple[tuple[int, int, int], ...] = (
+        (2, 2, 1),
+        (2, 2, 2),
+        (2, 2, 2),
+        (2, 2, 2),
+        (1, 1, 1),
+    )
+    """Of the first convolution, the max-pool and stages 2 to 4, along x y z."""
+    width: int = 64
+    """Channels of the first convolution; the stages follow."""
+    decoder_features: Ints = (256, 128, 64, 32, 16)
+    """Channels of the decoder's blocks, from the deepest up."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the network's computation; parameters, loss and statistics are float32."""
+
+
+@dataclasses.dataclass(frozen=True)
+class LossConfig:
+    """The loss."""
+
+    name: str = "adaptive_focal"
+    """One of afl_jax.LOSSES."""
+    options: tuple[tuple[str, float | str], ...] = ()
+    """Pairs of keyword and value for the loss, e.g. balance volume."""
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """The optimizer and its schedule."""
+
+    name: Literal["sgd", "adam", "adamw"] = "adamw"
+    """The paper's is sgd (Nesterov)."""
+    learning_rate: float = 1e-3
+    """The largest of the schedule; 0.1 in the paper."""
+    schedule: Literal["constant", "cosine", "polynomial"] = "cosine"
+    """Of the learning rate; constant in the paper."""
+    num_warmup_steps: int = 0
+    """Steps in which the learning rate rises from 0."""
+    momentum: float = 0.9
+    """Of sgd; decay of the first moment of the others."""
+    weight_decay: float = 1e-5
+    """L2 for sgd and adam, decoupled for adamw."""
+    max_gradient_norm: float | None = None
+    """Global norm to which gradients are clipped; not if None."""
+
+
+@dataclasses.dataclass(frozen=True)
+class AugmentConfig:
+    """Probabilities of the random augmentations; 0 for none."""
+
+    flip_probability: float = 0.5
+    """Of a flip, for each axis."""
+    noise_probability: float = 0.4
+    """Of Gaussian noise."""
+    intensity_probability: float = 0.4
+    """Of a change of scale and shift of intensity."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """One run."""
+
+    data: DataConfig = DataConfig()
+    model: ModelConfig = ModelConfig()
+    loss: LossConfig = LossConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    augment: AugmentConfig = AugmentConfig()
+    num_epochs: int = 12
+    """Passes over the training cases."""
+    batch_size: int = 2
+    """Cases a step, over all devices."""
+    eval_every: int = 1
+    """Epochs between two validations; the last epoch is always validated."""
+    num_devices: int | None = None
+    """Devices to train on; as many as there are and divide the batch if None."""
+    seed: int = 0
+    """Of the initial weights, the order of the cases and the augmentation."""
+
+
+def to_json(config: Config) -> str:
+    """The config as indented JSON, every field written out."""
+    return json.dumps(dataclasses.asdict(config), indent=2) + "\n"
+
+
+def from_json(text: str, *, name: str = "config") -> Config:
+    """Reads what `to_json` wrote; a field that is left out has its default.
+
+    Args:
+      text: JSON.
+      name: What to call it in an error, such as its path.
+
+    Returns:
+      The config.
+
+    Raises:
+      InputError: If the text is not JSON, a field is unknown, or a value is of another type.
+    """
+    try:
+        values = json.loads(text)
+    except ValueError as error:
+        raise InputError(f"{name} is not valid JSON ({error}): mend or delete it.") from None
+    return _build(Config, values, where=name)
+
+
+def read_config(path: Path) -> Config:
+    """Reads a config file; raises `InputError` if it cannot be read or is not valid."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} cannot be read as a config: {error}.") from None
+    return from_json(text, name=str(path))
+
+
+def _build(kind: Any, value: Any, *, where: str) -> Any:
+    """A value of JSON as the annotated type, lists as tuples; `where` is the path to it."""
+    if dataclasses.is_dataclass(kind):
+        if not isinstance(value, Mapping):
+            raise InputError(f"{where} must be an object, got {value!r}.")
+        hints = typing.get_type_hints(kind)
+        if unknown := sorted(set(value) - set(hints)):
+            raise InputError(
+                f"{where} has no field {unknown[0]!r}: choose from {', '.join(hints)}."
+            )
+        return kind(
+            **{key: _build(hints[key], item, where=f"{where}.{key}") for key, item in value.items()}
+        )
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (types.UnionType, typing.Union):
+        for option in arguments:
+            try:
+                return _build(option, value, where=where)
+            except InputError:
+                continue
+    elif origin is Literal:
+        if value in arguments:
+            return value
+    elif origin is tuple:
+        if isinstance(value, list):
+            kinds = [arguments[0]] * len(value) if arguments[-1] is ... else arguments
+            if len(kinds) == len(value):
+                return tuple(
+                    _build(k, item, where=f"{where}[{i}]")
+                    for i, (k, item) in enumerate(zip(kinds, value, strict=True))
+                )
+    elif kind is float:
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            return float(value)
+    elif kind is types.NoneType:
+        if value is None:
+            return None
+    elif type(value) is kind:
+        return value
+    raise InputError(f"{where} must be {_describe(kind)}, got {value!r}.")
+
+
+def _describe(kind: Any) -> str:
+    return kind.__name__ if isinstance(kind, type) else str(kind).replace("typing.", "")
