@@ -33,10 +33,8 @@ def foreground_fraction(labels: jax.Array, *, voxel_mask: jax.Array | None = Non
       Islam et al., Size and Smoothness Aware Adaptive Focal Loss for Small Tumor Segmentation,
       2024, https://arxiv.org/abs/2407.09828
     """
-    foreground, valid = _foreground(labels, voxel_mask)
-    if valid is None:
-        return _per_volume_mean(foreground)
-    return _per_volume_mean(foreground & valid, where=valid)
+    num_foreground, num_background = _class_counts(labels, voxel_mask)
+    return num_foreground / jnp.maximum(num_foreground + num_background, 1)
 
 
 def balancing_alpha(labels: jax.Array, *, voxel_mask: jax.Array | None = None) -> jax.Array:
@@ -49,7 +47,7 @@ def balancing_alpha(labels: jax.Array, *, voxel_mask: jax.Array | None = None) -
       voxel_mask: Voxels that count, of the shape of ``labels``; all if None.
 
     Returns:
-      ``[B]`` in [0, 1]; 1 for a volume without foreground.
+      ``[B]`` in [0, 1]; 1 for a volume without foreground, and where no voxel counts.
 
     Raises:
       ValueError: If a shape is not as stated.
@@ -57,7 +55,10 @@ def balancing_alpha(labels: jax.Array, *, voxel_mask: jax.Array | None = None) -
     References:
       Islam et al., 2024, https://arxiv.org/abs/2407.09828
     """
-    return 1.0 - foreground_fraction(labels, voxel_mask=voxel_mask)
+    # Not 1 - fraction, which XLA may round to less than 0 for a volume that is all foreground.
+    num_foreground, num_background = _class_counts(labels, voxel_mask)
+    total = num_foreground + num_background
+    return jnp.where(total > 0, num_background / jnp.maximum(total, 1), 1.0)
 
 
 def surface_smoothness(
@@ -96,10 +97,15 @@ def surface_smoothness(
     squared = sum(
         jnp.square(_gradient(mask, valid, axis=axis)) for axis in range(1, foreground.ndim)
     )
-    magnitude = jnp.sqrt(squared)
-    if valid is not None:
-        magnitude = jnp.where(valid, magnitude, 0.0)
-    return _per_volume_mean(magnitude, where=magnitude > 0 if region == "surface" else valid)
+    magnitude = _flat(jnp.sqrt(squared))
+    if region == "surface":
+        count = jnp.sum(magnitude > 0, axis=1, dtype=jnp.int32)
+    elif valid is not None:
+        count = jnp.sum(_flat(valid), axis=1, dtype=jnp.int32)
+    else:
+        count = magnitude.shape[1]
+    # The gradient of a voxel that does not count is 0.
+    return magnitude.sum(axis=1) / jnp.maximum(count, 1)
 
 
 def focusing_gamma(
@@ -167,14 +173,15 @@ def _sum_of_neighbours(pairs: jax.Array, *, axis: int) -> jax.Array:
     return jnp.pad(pairs, before) + jnp.pad(pairs, after)
 
 
-def _per_volume_mean(values: jax.Array, *, where: jax.Array | None = None) -> jax.Array:
-    """Mean over all axes but the first, 0 if nothing counts; ``values`` are 0 where not counted.
+def _class_counts(labels: jax.Array, voxel_mask: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+    """Number of foreground and of background voxels, ``[B]`` int32: exact."""
+    foreground, valid = _foreground(labels, voxel_mask)
+    background = ~foreground
+    if valid is not None:
+        foreground, background = foreground & valid, background & valid
+    return tuple(_flat(mask).sum(axis=1, dtype=jnp.int32) for mask in (foreground, background))
 
-    Counts are summed as integers and so exact. Floats are summed as ``[B, N]``: over several axes
-    at once, XLA on a CPU loses digits of a small volume.
-    """
-    values = values.reshape(values.shape[0], -1)
-    total = values.sum(axis=1, dtype=jnp.int32 if values.dtype == bool else values.dtype)
-    if where is None:
-        return total / max(values.shape[1], 1)
-    return total / jnp.maximum(jnp.sum(where.reshape(values.shape), axis=1, dtype=jnp.int32), 1)
+
+def _flat(values: jax.Array) -> jax.Array:
+    """``[B, ...]`` to ``[B, N]``; XLA on a CPU loses digits of small sums over several axes."""
+    return values.reshape(values.shape[0], -1)
