@@ -35,9 +35,15 @@ ConfigFlags = Annotated[Config, tyro.conf.arg(name="")]
 DataFlags = Annotated[DataConfig, tyro.conf.arg(name="")]
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command and returns its exit code: 0, or 2 after bad input."""
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
+def main(arguments: Sequence[str]) -> int:
+    """Runs one command.
+
+    Args:
+        arguments: The command and its options.
+
+    Returns:
+        The exit code: 0, 2 after bad input, or 130 if interrupted.
+    """
     try:
         return tyro.extras.subcommand_cli_from_dict(
             {
@@ -48,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             },
             prog="afl-jax",
             description="Segment small, irregular lesions with the adaptive focal loss.",
-            args=arguments,
+            args=list(arguments),
         )
     except InputError as error:
         _print_error(error)
@@ -58,11 +64,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
 
 
-def prepare(data: DataFlags = DataConfig()) -> int:
+def prepare(*, data: DataFlags = DataConfig()) -> int:
     """Prepare a data set, so that runs find it ready.
 
     Args:
         data: Which data set, and how.
+
+    Returns:
+        The exit code.
     """
     console = Console()
     builder = _prepare_data(data, console)
@@ -72,6 +81,7 @@ def prepare(data: DataFlags = DataConfig()) -> int:
 
 
 def train(
+    *,
     out: Path,
     config: ConfigFlags = Config(),
     config_file: Annotated[Path | None, tyro.conf.arg(name="config")] = None,
@@ -84,6 +94,9 @@ def train(
         config: The run.
         config_file: A config.json, such as another run's; options beside it override it.
         resume: Go on with the run in --out from its newest checkpoint.
+
+    Returns:
+        The exit code.
     """
     del config_file  # `_with_base_config` made it the default of `config`.
     console = Console()
@@ -203,6 +216,7 @@ def train(
 
 
 def predict(
+    *,
     run: Path,
     images: tuple[str, ...],
     out: Path,
@@ -216,6 +230,9 @@ def predict(
             file a channel, joined by commas.
         out: Folder of the masks, each named after the first file of its case.
         overlap: Share of a patch that its neighbour covers too, from 0 to less than 1.
+
+    Returns:
+        The exit code: 2 if a case could not be predicted; the others are.
     """
     console = Console()
     if not 0 <= overlap < 1:
@@ -223,6 +240,12 @@ def predict(
     cases = _name_predictions(images, out)
     best = _restore_run(run)
     data, model = best.config.data, _create_model(best.config)
+    # The builder's own defaults stand where the config leaves them open.
+    preparation = {
+        key: value
+        for key, value in (("spacing", data.spacing), ("normalisation", data.normalisation))
+        if value is not None
+    }
     num_channels = best.variables["params"]["encoder"]["conv1"]["kernel"].shape[-2]
 
     @jax.jit
@@ -235,9 +258,7 @@ def predict(
         for path, files in progress.track(cases.items(), description="predicting"):
             try:
                 image = volume.read_channels(files, num_channels=num_channels)
-                prepared = preprocess.prepare_image(
-                    image, spacing=data.spacing, normalisation=data.normalisation
-                )
+                prepared = preprocess.prepare_image(image, **preparation)
                 probs = inference.sliding_window(
                     class_probs, prepared.array, patch_shape=data.shape, overlap=overlap
                 )
@@ -258,6 +279,7 @@ def predict(
 
 
 def evaluate(
+    *,
     predictions: Path,
     labels: Path,
     out: Path | None = None,
@@ -272,6 +294,9 @@ def evaluate(
         out: CSV of the metrics; evaluation.csv among the predictions if None.
         num_classes: Background included; 2 takes all foreground as one class.
         label_map: Pairs of value in the labels and class, e.g. 0 0 1 1 2 1; as they are if empty.
+
+    Returns:
+        The exit code: 2 if a case could not be evaluated; the others are.
     """
     console = Console()
     files = {path: _volume_files(path) for path in (predictions, labels)}
@@ -598,4 +623,4 @@ def _print_error(error: InputError) -> None:
 
 def run() -> None:
     """Entry point of the console script."""
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

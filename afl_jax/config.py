@@ -131,7 +131,14 @@ class Config:
 
 
 def to_json(config: Config) -> str:
-    """The config as indented JSON, every field written out."""
+    """The config as indented JSON, every field written out.
+
+    Args:
+      config: The config.
+
+    Returns:
+      Text that `from_json` reads.
+    """
     return json.dumps(dataclasses.asdict(config), indent=2) + "\n"
 
 
@@ -156,7 +163,17 @@ def from_json(text: str, *, name: str = "config") -> Config:
 
 
 def read_config(path: Path) -> Config:
-    """Reads a config file; raises `InputError` if it cannot be read or is not valid."""
+    """Reads a config file.
+
+    Args:
+      path: What `to_json` wrote.
+
+    Returns:
+      The config.
+
+    Raises:
+      InputError: If it cannot be read or is not valid.
+    """
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:

@@ -78,12 +78,27 @@ def compile_step(
 
 
 def axis_name(devices: Sequence[jax.Device]) -> str | None:
-    """Name of the mapped axis, for the step and its model; None on one device."""
+    """Name of the mapped axis, for the step and its model.
+
+    Args:
+      devices: From `select_devices`.
+
+    Returns:
+      The name; None on one device.
+    """
     return AXIS_NAME if len(devices) > 1 else None
 
 
 def replicate(tree: Any, devices: Sequence[jax.Device]) -> Any:
-    """A copy of every array on each device: ``[...]`` to ``[D, ...]`` if there are several."""
+    """A copy of every array on each device.
+
+    Args:
+      tree: Arrays.
+      devices: From `select_devices`.
+
+    Returns:
+      The arrays; ``[D, ...]`` if there are several devices.
+    """
     if len(devices) == 1:
         return jax.device_put(tree, devices[0])
     stacked = jax.tree.map(lambda x: jnp.broadcast_to(x, (len(devices), *jnp.shape(x))), tree)
@@ -91,14 +106,30 @@ def replicate(tree: Any, devices: Sequence[jax.Device]) -> Any:
 
 
 def unreplicate(tree: Any, devices: Sequence[jax.Device]) -> Any:
-    """The first device's copy of what `replicate` or a compiled step returned."""
+    """The first device's copy of what `replicate` or a compiled step returned.
+
+    Args:
+      tree: Arrays.
+      devices: From `select_devices`.
+
+    Returns:
+      The arrays, on the first device.
+    """
     if len(devices) == 1:
         return tree
     return jax.tree.map(lambda x: x.addressable_shards[0].data[0], tree)
 
 
 def shard_batch(batch: dict[str, np.ndarray], devices: Sequence[jax.Device]) -> dict[str, Any]:
-    """Puts a batch on the devices: ``[B, ...]``, or ``[D, B / D, ...]`` if there are several."""
+    """Puts a batch on the devices.
+
+    Args:
+      batch: Arrays ``[B, ...]``.
+      devices: From `select_devices`; they divide B.
+
+    Returns:
+      The arrays; ``[D, B / D, ...]`` if there are several devices.
+    """
     if len(devices) == 1:
         return jax.device_put(batch, devices[0])
     split = {name: x.reshape(len(devices), -1, *x.shape[1:]) for name, x in batch.items()}
@@ -106,7 +137,15 @@ def shard_batch(batch: dict[str, np.ndarray], devices: Sequence[jax.Device]) -> 
 
 
 def gather(tree: Any, devices: Sequence[jax.Device]) -> Any:
-    """Results of a compiled step on the host: ``[D, B / D, ...]`` back to ``[B, ...]``."""
+    """Results of a compiled step, on the host.
+
+    Args:
+      tree: Arrays ``[B, ...]``, or ``[D, B / D, ...]`` if there are several devices.
+      devices: From `select_devices`.
+
+    Returns:
+      The arrays, ``[B, ...]``.
+    """
     tree = jax.device_get(tree)
     if len(devices) == 1:
         return tree

@@ -37,7 +37,7 @@ ALLOWED: dict[str, set[str]] = {
     "checkpoint": {"config"},
     "inference": set(),
     "reports": set(),
-    "loop": {"checkpoint", "config", "parallel", "reports"},
+    "loop": {"checkpoint", "config", "metrics", "parallel", "reports"},
 }
 # The command line is where names become objects: it alone may import everything.
 COMPOSITION_ROOT = "cli"

@@ -82,7 +82,7 @@ def test_reorient_keeps_every_voxel_in_its_place(rotation):
 
 def test_reorient_to_ras_flips_two_axes_of_lps():
     original = create_volume()
-    found = reorient(original, "RAS")
+    found = reorient(original, orientation="RAS")
     np.testing.assert_array_equal(found.array, original.array[::-1, ::-1])
     assert found.direction == (-1, 0, 0, 0, -1, 0, 0, 0, 1)
     assert found.origin == (12.0 + 4 * 0.5, -7.0 + 5 * 1.0, 30.0)
@@ -91,7 +91,7 @@ def test_reorient_to_ras_flips_two_axes_of_lps():
 @pytest.mark.parametrize("orientation", ["LP", "LPP", "LPX", "LRS", "LPSS"])
 def test_reorient_refuses_what_is_no_orientation(orientation):
     with pytest.raises(ValueError, match="orientation"):
-        reorient(create_volume(), orientation)
+        reorient(create_volume(), orientation=orientation)
 
 
 def test_a_prediction_outside_of_the_prepared_grid_is_fill():

@@ -28,7 +28,7 @@ import tensorflow_datasets as tfds
 
 from afl_jax.data.preprocess import Normalisation, prepare_image, prepare_labels, remap_labels
 from afl_jax.data.records import RecordsBuilder, create_builder, create_info, create_record
-from afl_jax.data.volume import SUFFIXES, Vector, Volume, grid_difference, read_volume
+from afl_jax.data.volume import Vector, case_name, grid_difference, read_channels, read_volume
 from afl_jax.errors import InputError
 
 
@@ -152,7 +152,7 @@ class Folder(RecordsBuilder):
         """Reads, checks and prepares one case."""
         settings = self.settings
         num_channels = self.info.features["image"].shape[-1]
-        image = _read_channels(case.images, num_channels=num_channels)
+        image = read_channels(case.images, num_channels=num_channels)
         labels = read_volume(case.label)
         if labels.array.ndim != 3:
             raise InputError(f"{case.label}: a label must have 3 dimensions, found 4 (channels).")
@@ -257,9 +257,7 @@ def list_folder_cases(source: Path, dataset: Mapping[str, Any]) -> list[FolderCa
         if Path(entry["label"]).name.startswith("._"):
             continue
         label = _inside(source, entry["label"])
-        case_id = label.name
-        for suffix in sorted(SUFFIXES, key=len):
-            case_id = case_id.removesuffix(suffix)
+        case_id = case_name(label)
         paths = tuple(_inside(source, image) for image in images)
         for kind, path in (*(("image", path) for path in paths), ("label", label)):
             if not path.is_file():
@@ -284,24 +282,3 @@ def _inside(source: Path, name: str) -> Path:
             "move the file inside."
         )
     return path
-
-
-def _read_channels(paths: tuple[Path, ...], *, num_channels: int) -> Volume:
-    """Reads the files of one image and joins their channels, ``[X, Y, Z, C]``."""
-    volumes = [read_volume(path) for path in paths]
-    for path, volume in zip(paths, volumes, strict=True):
-        if difference := grid_difference(volume, volumes[0]):
-            raise InputError(
-                f"{path}: expected the grid of {paths[0].name}, found {difference}; "
-                "resample the channels of a case onto one grid."
-            )
-    arrays = [
-        volume.array if volume.array.ndim == 4 else volume.array[..., None] for volume in volumes
-    ]
-    array = np.concatenate(arrays, axis=-1)
-    if array.shape[-1] != num_channels:
-        raise InputError(
-            f"{paths[0]}: expected {num_channels} channels, as many as dataset.json names under "
-            f'"modality", found {array.shape[-1]}.'
-        )
-    return dataclasses.replace(volumes[0], array=array)

@@ -99,7 +99,7 @@ def restore(
     return resample_to(prediction, original, interpolation=interpolation, fill=fill)
 
 
-def reorient(volume: Volume, orientation: str = "LPS") -> Volume:
+def reorient(volume: Volume, *, orientation: str = "LPS") -> Volume:
     """Permutes and flips the axes; values are untouched, and stay where they are in the patient.
 
     Args:

@@ -23,6 +23,7 @@ import os
 import re
 import uuid
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -141,6 +142,54 @@ def read_volume(path: str | os.PathLike) -> Volume:
     return volume
 
 
+def read_channels(paths: Sequence[Path], *, num_channels: int) -> Volume:
+    """Reads the files of one image and joins their channels.
+
+    Args:
+      paths: At least one; a file whose fourth dimension is channels brings all of them.
+      num_channels: How many there must be in all.
+
+    Returns:
+      ``[X, Y, Z, C]``, channels in the order of the files.
+
+    Raises:
+      InputError: If a file cannot be read, lies on another grid than the first, or the number of
+        channels is another.
+    """
+    volumes = [read_volume(path) for path in paths]
+    for path, volume in zip(paths, volumes, strict=True):
+        if difference := grid_difference(volume, volumes[0]):
+            raise InputError(
+                f"{path}: expected the grid of {paths[0].name}, found {difference}; "
+                "resample the channels of a case onto one grid."
+            )
+    arrays = [
+        volume.array if volume.array.ndim == 4 else volume.array[..., None] for volume in volumes
+    ]
+    array = np.concatenate(arrays, axis=-1)
+    if array.shape[-1] != num_channels:
+        raise InputError(
+            f"{paths[0]}: expected {num_channels} channels (as the data set has), found "
+            f"{array.shape[-1]}; give the files that it was made of."
+        )
+    return dataclasses.replace(volumes[0], array=array)
+
+
+def case_name(path: Path) -> str:
+    """The name of a volume's file without its suffix.
+
+    Args:
+      path: A path whose name may end in one of ``SUFFIXES``.
+
+    Returns:
+      The name, such as ``a`` for ``x/a.nii.gz``.
+    """
+    for suffix in sorted(SUFFIXES, key=len, reverse=True):
+        if path.name.endswith(suffix):
+            return path.name.removesuffix(suffix)
+    return path.name
+
+
 def write_volume(path: str | os.PathLike, volume: Volume) -> None:
     """Writes a volume; the suffix of the path decides the format.
 
@@ -199,7 +248,16 @@ def grid_difference(a: Volume, b: Volume, *, tolerance_mm: float = 1e-2) -> str:
 
 
 def same_grid(a: Volume, b: Volume, *, tolerance_mm: float = 1e-2) -> bool:
-    """Whether the voxels of two volumes lie at the same points, up to ``tolerance_mm``."""
+    """Whether two volumes have the same shape and lie on the same voxels.
+
+    Args:
+      a: One volume.
+      b: The other.
+      tolerance_mm: See `grid_difference`.
+
+    Returns:
+      Whether `grid_difference` finds nothing.
+    """
     return not grid_difference(a, b, tolerance_mm=tolerance_mm)
 
 

@@ -125,13 +125,30 @@ class BatchNorm(nn.Module):
 
 
 def max_pool(x: jax.Array, *, window: Ints, strides: Ints) -> jax.Array:
-    """Maximum over a window padded by `window // 2` on both sides with minus infinity."""
+    """Maximum over a window, padded by half of it on both sides with minus infinity.
+
+    Args:
+      x: ``[B, *spatial, C]``.
+      window: Voxels along each spatial axis, odd.
+      strides: Step along each spatial axis; larger than the window, it skips voxels.
+
+    Returns:
+      ``[B, *spatial / strides, C]``.
+    """
     padding = tuple((size // 2, size // 2) for size in window)
     return nn.max_pool(x, window, strides, padding)
 
 
 def upsample_nearest(x: jax.Array, *, scale: Ints) -> jax.Array:
-    """Repeats every voxel ``scale`` times along each spatial axis."""
+    """Repeats every voxel along each spatial axis.
+
+    Args:
+      x: ``[B, *spatial, C]``.
+      scale: How often, for each spatial axis.
+
+    Returns:
+      ``[B, *spatial * scale, C]``.
+    """
     for axis, factor in enumerate(scale, start=1):
         x = jnp.repeat(x, factor, axis=axis)
     return x
