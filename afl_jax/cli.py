@@ -20,11 +20,12 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from afl_jax import inference, lesions, loop, metrics, parallel, reports, statistics, training
-from afl_jax.checkpoint import Checkpoint, CheckpointStore
+from afl_jax.checkpoint import CheckpointStore
 from afl_jax.config import Config, DataConfig, LossConfig, read_config, to_json
 from afl_jax.data import augment, loader, preprocess, volume
 from afl_jax.errors import InputError
 from afl_jax.losses import LOSSES
+from afl_jax.models.pretrained import from_torch, read_weights
 from afl_jax.models.zoo import check_image_shape, create_model
 
 _NUM_OVERLAY_CASES = 4
@@ -106,7 +107,13 @@ def train(
     axis_name = parallel.axis_name(devices)
     loss_fn = _create_loss(config.loss, num_classes=config.model.num_classes)
     model = _create_model(config, axis_name=axis_name)
+    weights = None if config.init_weights is None else read_weights(config.init_weights)
     builder = _prepare_data(config.data, console)
+    if 2 < config.model.num_classes < builder.num_classes:
+        raise InputError(
+            f"model.num_classes must be at least {builder.num_classes}, the classes of the data, "
+            f"or 2 to take all foreground as one, got {config.model.num_classes}."
+        )
     num_cases, num_val = (builder.info.splits[name].num_examples for name in ("train", "val"))
     num_steps = num_cases // config.batch_size
     if num_steps == 0:
@@ -137,6 +144,10 @@ def train(
         console.print(f"resumed after epoch {restored.epoch}", highlight=False)
     else:
         state = create_state(weights_key)
+        if weights is not None:
+            state = state.replace(
+                **from_torch(weights, state.variables, source=config.init_weights)
+            )
     reports.write_text(out / "config.json", to_json(config))
 
     train_step = parallel.compile_step(
@@ -190,22 +201,21 @@ def train(
             history=history,
         )
         store.wait()
-        best = store.restore("best")
-        history = store.restore("latest").history
+        best, latest = store.restore("best"), store.restore("latest")
     finally:
         store.close()
     variables = parallel.replicate(best.variables, devices)
     rows = validate(variables)
+    batches = _create_loader(builder, "val", config)
+    cases = _overlay_cases(variables, rows, batches, eval_step=eval_step, devices=devices)
     reports.write_csv(out / "validation.csv", rows)
-    reports.curves_figure(history, out / "curves.png")
-    cases = _overlay_cases(
-        variables,
-        rows,
-        _create_loader(builder, "val", config),
-        eval_step=eval_step,
-        devices=devices,
-    )
     reports.overlay_figure(cases, out / "overlay.png")
+    reports.curves_figure(
+        latest.history,
+        out / "curves.png",
+        loss_columns=("loss", "val_loss"),
+        metric_columns=[f"val_{name}" for name in loop.METRICS],
+    )
     console.print(reports.case_table(rows, title=f"validation at epoch {best.epoch}, the best"))
     console.print(
         f"{out}: checkpoints, config.json, metrics.csv, validation.csv, curves.png, overlay.png",
@@ -217,18 +227,22 @@ def train(
 
 def predict(
     *,
-    run: Path,
     images: tuple[str, ...],
     out: Path,
+    run: Path | None = None,
+    config_file: Annotated[Path | None, tyro.conf.arg(name="config")] = None,
+    init_weights: Path | None = None,
     overlap: float = 0.5,
 ) -> int:
     """Segment images with the best network of a run; masks lie on the images' own grids.
 
     Args:
-        run: Folder of a run.
         images: One argument a case: a file, whose fourth dimension, if any, is channels, or a
             file a channel, joined by commas.
         out: Folder of the masks, each named after the first file of its case.
+        run: Folder of the run whose network and preparation are used.
+        config_file: A config.json in place of a run, with --init-weights.
+        init_weights: Weights of a whole network in place of the run's.
         overlap: Share of a patch that its neighbour covers too, from 0 to less than 1.
 
     Returns:
@@ -238,19 +252,19 @@ def predict(
     if not 0 <= overlap < 1:
         raise InputError(f"--overlap must be from 0 to less than 1, got {overlap}.")
     cases = _name_predictions(images, out)
-    best = _restore_run(run)
-    data, model = best.config.data, _create_model(best.config)
+    config, variables = _restore_network(run, config_file, init_weights)
+    data, model = config.data, _create_model(config)
     # The builder's own defaults stand where the config leaves them open.
     preparation = {
         key: value
         for key, value in (("spacing", data.spacing), ("normalisation", data.normalisation))
         if value is not None
     }
-    num_channels = best.variables["params"]["encoder"]["conv1"]["kernel"].shape[-2]
+    num_channels = variables["params"]["encoder"]["conv1"]["kernel"].shape[-2]
 
     @jax.jit
     def class_probs(patch: jax.Array) -> jax.Array:
-        return inference.class_probs(model.apply(best.variables, patch, train=False))
+        return inference.class_probs(model.apply(variables, patch, train=False))
 
     out.mkdir(parents=True, exist_ok=True)
     num_failed = 0
@@ -426,6 +440,7 @@ def _create_model(config: Config, *, axis_name: str | None = None) -> nn.Module:
 def _create_optimizer(config: Config, *, num_steps: int) -> Any:
     options = asdict(config.optimizer)
     name, learning_rate = options.pop("name"), options.pop("learning_rate")
+    frozen = ("encoder",) if options.pop("freeze_encoder") else ()
     with _as_input_error("optimizer"):
         schedule = training.create_schedule(
             options.pop("schedule"),
@@ -433,7 +448,7 @@ def _create_optimizer(config: Config, *, num_steps: int) -> Any:
             num_steps=config.num_epochs * num_steps,
             num_warmup_steps=options.pop("num_warmup_steps"),
         )
-        return training.create_optimizer(name, learning_rate=schedule, **options)
+        return training.create_optimizer(name, learning_rate=schedule, frozen=frozen, **options)
 
 
 def _prepare_data(config: DataConfig, console: Console) -> Any:
@@ -513,14 +528,29 @@ def _overlay_cases(
     return [cases[row["case_id"]] for row in chosen]
 
 
-def _restore_run(run: Path) -> Checkpoint:
-    if not (run / "config.json").is_file():
+def _restore_network(
+    run: Path | None, config_file: Path | None, init_weights: Path | None
+) -> tuple[Config, Any]:
+    """Config and variables: of a run's best epoch, or of a config and a file of weights."""
+    if (run is None) == (config_file is None):
+        raise InputError("give either --run, or --config with --init-weights.")
+    if run is not None and not (run / "config.json").is_file():
         raise InputError(f"--run {run} is not the folder of a run: it has no config.json.")
-    store = CheckpointStore(run / "checkpoints")
-    try:
-        return store.restore("best")
-    finally:
-        store.close()
+    if init_weights is None:
+        if run is None:
+            raise InputError("--config needs --init-weights: it holds no network of its own.")
+        store = CheckpointStore(run / "checkpoints")
+        try:
+            best = store.restore("best")
+        finally:
+            store.close()
+        return best.config, best.variables
+    config = read_config(config_file or run / "config.json")
+    weights = read_weights(init_weights)
+    stem = weights.get("encoder.conv1.weight", np.empty((0, 1)))
+    image = jnp.zeros((1, *config.data.shape, stem.shape[1]))
+    shapes = jax.eval_shape(_create_model(config).init, jax.random.key(0), image)
+    return config, from_torch(weights, shapes, source=str(init_weights))
 
 
 def _name_predictions(images: Sequence[str], out: Path) -> dict[Path, list[Path]]:

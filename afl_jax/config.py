@@ -95,6 +95,8 @@ class OptimizerConfig:
     """L2 for sgd and adam, decoupled for adamw."""
     max_gradient_norm: float | None = None
     """Global norm to which gradients are clipped; not if None."""
+    freeze_encoder: bool = False
+    """Keep the encoder's parameters; its running statistics follow the data all the same."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,6 +120,8 @@ class Config:
     loss: LossConfig = LossConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     augment: AugmentConfig = AugmentConfig()
+    init_weights: str | None = None
+    """Weights to begin with, .safetensors, .npz, .pth: an ImageNet ResNet or a whole U-Net."""
     num_epochs: int = 12
     """Passes over the training cases."""
     batch_size: int = 2

@@ -4,7 +4,7 @@ They never mention a device: compiled by ``jax.jit`` they run on one, and mapped
 ``axis_name`` on several. Model, loss, augmentation and metrics arrive as functions.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, Literal, get_args
 
 import flax
@@ -116,6 +116,7 @@ def create_optimizer(
     momentum: float = 0.9,
     weight_decay: float = 0.0,
     max_gradient_norm: float | None = None,
+    frozen: Collection[str] = (),
 ) -> optax.GradientTransformation:
     """An optax optimizer by name.
 
@@ -126,6 +127,8 @@ def create_optimizer(
       weight_decay: L2 term inside the gradient, on every parameter, as PyTorch's SGD and Adam
         have it; decoupled from the gradient in ``"adamw"``.
       max_gradient_norm: Global norm to which gradients are clipped first; not if None.
+      frozen: Top-level modules, such as ``"encoder"``, whose parameters stay as they are; they
+        have no part in the norm and no optimizer state.
 
     Returns:
       A gradient transformation.
@@ -146,7 +149,16 @@ def create_optimizer(
         raise ValueError(f"optimizer must be one of {get_args(Optimizer)}, got {name!r}.")
     if max_gradient_norm is not None:
         steps = [optax.clip_by_global_norm(max_gradient_norm), *steps]
-    return optax.chain(*steps)
+    optimizer = optax.chain(*steps)
+    if not frozen:
+        return optimizer
+    return optax.transforms.selective_transform(
+        optimizer,
+        freeze_mask=lambda params: {
+            name: jax.tree.map(lambda _, name=name: name in frozen, module)
+            for name, module in params.items()
+        },
+    )
 
 
 def sample_keys(key: jax.Array, epoch: jax.Array, case_index: jax.Array) -> jax.Array:

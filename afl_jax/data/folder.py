@@ -120,6 +120,11 @@ class Folder(RecordsBuilder):
             data_dir=data_dir,
         )
 
+    @property
+    def num_classes(self) -> int:
+        """Classes of the labels, background included."""
+        return max(self._label_map.values()) + 1
+
     def _info(self) -> tfds.core.DatasetInfo:
         dataset = read_dataset_json(Path(self.settings.source))
         return create_info(

@@ -120,6 +120,11 @@ class Phantom(RecordsBuilder):
         name = f"{settings.num_train}-{settings.num_val}-{shape}"
         return create_builder(cls, settings, name=name, fingerprint=None, data_dir=data_dir)
 
+    @property
+    def num_classes(self) -> int:
+        """Background and lesion."""
+        return 2
+
     def _info(self) -> tfds.core.DatasetInfo:
         return create_info(
             self,

@@ -103,6 +103,11 @@ class RecordsBuilder(tfds.core.GeneratorBasedBuilder, abc.ABC, skip_registration
     def create(cls, settings: Any, *, data_dir: str | os.PathLike) -> "RecordsBuilder":
         """Makes the builder of these settings, by `create_builder`; nothing is built yet."""
 
+    @property
+    @abc.abstractmethod
+    def num_classes(self) -> int:
+        """Classes of the labels, background included."""
+
     @abc.abstractmethod
     def list_cases(self) -> dict[str, Sequence[Any]]:
         """The cases of each split, in the order of the records; cheap, and checks what it can."""
