@@ -30,7 +30,7 @@ from afl_jax.models.zoo import check_image_shape, create_model
 
 _NUM_OVERLAY_CASES = 4
 # What a resumed run may change of the config that it began with.
-_FREE_ON_RESUME = ("num_epochs", "eval_every", "num_devices")
+_FREE_ON_RESUME = ("num_epochs", "eval_every", "num_devices", "tensorboard")
 
 ConfigFlags = Annotated[Config, tyro.conf.arg(name="")]
 DataFlags = Annotated[DataConfig, tyro.conf.arg(name="")]
@@ -107,6 +107,7 @@ def train(
     axis_name = parallel.axis_name(devices)
     loss_fn = _create_loss(config.loss, num_classes=config.model.num_classes)
     model = _create_model(config, axis_name=axis_name)
+    log_fn = _create_tensorboard_log(out) if config.tensorboard else None
     weights = None if config.init_weights is None else read_weights(config.init_weights)
     builder = _prepare_data(config.data, console)
     if 2 < config.model.num_classes < builder.num_classes:
@@ -131,9 +132,9 @@ def train(
 
     weights_key, augment_key = jax.random.split(jax.random.key(config.seed))
     batches = _create_loader(builder, "train", config)
-    store = CheckpointStore(out / "checkpoints")
     history = []
     if resume:
+        store = CheckpointStore(out / "checkpoints")
         shapes = jax.eval_shape(create_state, weights_key)
         restored = store.restore(
             "latest", optimizer={"step": shapes.step, "opt_state": shapes.opt_state}
@@ -145,9 +146,9 @@ def train(
     else:
         state = create_state(weights_key)
         if weights is not None:
-            state = state.replace(
-                **from_torch(weights, state.variables, source=config.init_weights)
-            )
+            variables = from_torch(weights, state.variables, source=config.init_weights)
+            state = state.replace(**variables)
+        store = CheckpointStore(out / "checkpoints")
     reports.write_text(out / "config.json", to_json(config))
 
     train_step = parallel.compile_step(
@@ -184,6 +185,7 @@ def train(
         f"{num_cases} cases to train and {num_val} to validate; {len(devices)} "
         f"{devices[0].platform} device(s), batch {config.batch_size}; compiling the first step",
         highlight=False,
+        soft_wrap=True,
     )
     try:
         loop.fit(
@@ -199,6 +201,7 @@ def train(
             run_dir=out,
             console=console,
             history=history,
+            log_fn=log_fn,
         )
         store.wait()
         best, latest = store.restore("best"), store.restore("latest")
@@ -449,6 +452,23 @@ def _create_optimizer(config: Config, *, num_steps: int) -> Any:
             num_warmup_steps=options.pop("num_warmup_steps"),
         )
         return training.create_optimizer(name, learning_rate=schedule, frozen=frozen, **options)
+
+
+def _create_tensorboard_log(out: Path) -> Callable[[loop.Row], None]:
+    """A function that writes a row of metrics where TensorBoard finds it."""
+    try:
+        from tensorboardX import SummaryWriter
+    except ImportError as error:
+        raise InputError(
+            '--tensorboard needs an extra package: pip install "afl-jax[tensorboard]".'
+        ) from error
+
+    def log(row: loop.Row) -> None:
+        with SummaryWriter(str(out / "tensorboard")) as writer:
+            for name, value in row.items():
+                writer.add_scalar(name, value, row["epoch"])
+
+    return log
 
 
 def _prepare_data(config: DataConfig, console: Console) -> Any:

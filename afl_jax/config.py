@@ -27,7 +27,7 @@ class DataConfig:
     """Folder of the raw data: with dataset.json, imagesTr and labelsTr (folder only)."""
     data_dir: str = "data"
     """Where prepared data sets are kept; made if it does not exist."""
-    shape: tuple[int, int, int] = (48, 48, 16)
+    shape: tuple[int, int, int] = (32, 32, 16)
     """Grid in voxels, x y z, to which a volume is cropped or padded."""
     spacing: tuple[float, float, float] | None = None
     """Voxel size in mm, x y z, to which a volume is resampled; its own if None."""
@@ -124,10 +124,12 @@ class Config:
     """Weights to begin with, .safetensors, .npz, .pth: an ImageNet ResNet or a whole U-Net."""
     num_epochs: int = 12
     """Passes over the training cases."""
-    batch_size: int = 2
+    batch_size: int = 4
     """Cases a step, over all devices."""
-    eval_every: int = 1
+    eval_every: int = 3
     """Epochs between two validations; the last epoch is always validated."""
+    tensorboard: bool = False
+    """Write the epochs' metrics for TensorBoard too (extra: tensorboard)."""
     num_devices: int | None = None
     """Devices to train on; as many as there are and divide the batch if None."""
     seed: int = 0

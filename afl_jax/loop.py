@@ -113,6 +113,7 @@ def fit(
     run_dir: Path,
     console: Console,
     history: Sequence[Row] = (),
+    log_fn: Callable[[Row], None] | None = None,
 ) -> list[Row]:
     """Trains until the config's number of epochs is done.
 
@@ -129,6 +130,7 @@ def fit(
         run_dir: Where the log goes.
         console: Where progress is shown.
         history: Rows of the epochs that are done.
+        log_fn: Called with the row of each epoch.
 
     Returns:
         A row an epoch.
@@ -176,7 +178,10 @@ def fit(
                 row |= _summary(evaluate_fn(state.variables))
             history.append(row)
             _write_history(run_dir, history)
-            progress.console.print(_epoch_line(row, config.num_epochs), highlight=False)
+            if log_fn is not None:
+                log_fn(row)
+            line = _epoch_line(row, config.num_epochs)
+            progress.console.print(line, highlight=False, soft_wrap=True)
             if validated:
                 store.save(
                     _checkpoint(parallel.unreplicate(state, devices), batches, history, config),

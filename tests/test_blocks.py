@@ -2,6 +2,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 from jax import lax
 
 from afl_jax.models import blocks
@@ -123,6 +124,15 @@ def test_max_pool_pads_with_minus_infinity_and_may_skip_voxels():
     expected = windows.max(axis=(-3, -2, -1))[:, ::4, ::2, ::1]
     pooled = blocks.max_pool(jnp.asarray(x), window=(3, 3, 3), strides=(4, 2, 1))
     np.testing.assert_array_equal(pooled, expected)
+
+
+def test_max_pool_sends_its_gradient_to_the_maximum(x64):
+    window, strides, padding = (3, 3, 3), (2, 2, 1), ((1, 1),) * 3
+    assert_same_function(
+        lambda x: blocks.max_pool(x, window=window, strides=strides),
+        lambda x: nn.max_pool(x, window, strides, padding),
+        random(0, 2, 9, 5, 4, 3),
+    )
 
 
 def batch_norm(x, *, train: bool, **variables):

@@ -7,12 +7,16 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from afl_jax import training
+from afl_jax.checkpoint import CheckpointStore
 from afl_jax.cli import main
 from afl_jax.data.volume import Volume, read_volume, same_grid, write_volume
+from afl_jax.models.pretrained import to_torch
 
 # A network and volumes small enough to compile and train in seconds.
 TINY = [
@@ -78,7 +82,8 @@ def test_a_resumed_run_ends_where_an_uninterrupted_one_does(run, tmp_path, data_
     shared = ["--data.data-dir", str(data_dir), *TINY, *PHANTOM]
     out = ["--out", str(tmp_path / "resumed")]
     assert main(["train", *out, *shared, "--num-epochs", "1"]) == 0
-    assert main(["train", *out, "--resume", "--num-epochs", "2"]) == 0
+    assert main(["train", *out, "--resume", "--num-epochs", "2", "--tensorboard"]) == 0
+    assert list((tmp_path / "resumed" / "tensorboard").glob("events.*"))
     first, resumed = read_rows(run / "metrics.csv"), read_rows(tmp_path / "resumed/metrics.csv")
     for name in ("loss", "gradient_norm", "gamma", "val_loss", "val_dice"):
         assert [row[name] for row in resumed] == [row[name] for row in first]
@@ -364,3 +369,47 @@ def test_hippocampus_is_prepared_trained_and_predicted(real_data, tmp_path):
     labels = source / "labelsTr"
     assert main(["evaluate", "--predictions", str(masks), "--labels", str(labels)]) == 0
     assert len(read_rows(masks / "evaluation.csv")) == 3
+
+
+def test_a_network_begins_with_given_weights_and_may_keep_its_encoder(run, tmp_path, data_dir):
+    store = CheckpointStore(run / "checkpoints")
+    given = to_torch(jax.device_get(store.restore("best").variables))
+    store.close()
+    weights = tmp_path / "weights.safetensors"
+    save_file(given, weights)
+    out = tmp_path / "tuned"
+    arguments = [*("--data.data-dir", str(data_dir)), *TINY, *PHANTOM, "--num-epochs", "1"]
+    options = ["--init-weights", str(weights), "--optimizer.freeze-encoder"]
+    assert main(["train", "--out", str(out), *arguments, *options]) == 0
+    store = CheckpointStore(out / "checkpoints")
+    tuned = to_torch(jax.device_get(store.restore("best").variables))
+    store.close()
+    for name, weight in tuned.items():
+        learnt = "running" not in name and not name.endswith("num_batches_tracked")
+        if learnt and name.startswith("encoder."):
+            np.testing.assert_array_equal(weight, given[name])
+    assert np.any(tuned["segmentation_head.0.weight"] != given["segmentation_head.0.weight"])
+
+    # The same weights predict with the run's config alone as they do in the run.
+    image = tmp_path / "image.nii.gz"
+    write_volume(image, Volume(np.random.default_rng(0).random((16, 16, 8, 3), np.float32)))
+    common = ["predict", "--images", str(image), "--out"]
+    from_run = ["--run", str(run)]
+    from_file = ["--config", str(run / "config.json"), "--init-weights", str(weights)]
+    for name, source in (("a", from_run), ("b", from_file)):
+        assert main([*common, str(tmp_path / name), *source]) == 0
+    np.testing.assert_array_equal(
+        read_volume(tmp_path / "a" / image.name).array,
+        read_volume(tmp_path / "b" / image.name).array,
+    )
+
+
+def test_weights_that_do_not_fit_are_one_line(tmp_path, data_dir, capsys):
+    weights = tmp_path / "weights.npz"
+    np.savez(weights, **{"encoder.conv1.weight": np.zeros((1, 1, 1, 1, 1), np.float32)})
+    arguments = ["train", "--out", str(tmp_path / "run"), "--data.data-dir", str(data_dir)]
+    assert main([*arguments, *TINY, *PHANTOM, "--init-weights", str(weights)]) == 2
+    error = capsys.readouterr().err
+    assert f"{weights}" in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "run").exists()

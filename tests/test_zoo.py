@@ -200,3 +200,15 @@ def test_synchronised_statistics_are_those_of_the_whole_batch(x64, tiny_variable
     np.testing.assert_allclose(logits[:, 0], want_logits, rtol=0, atol=1e-9)
     for got, want in zip(jax.tree.leaves(stats), jax.tree.leaves(want_stats), strict=True):
         np.testing.assert_allclose(got, np.stack([want, want]), rtol=0, atol=1e-10)
+
+
+@pytest.mark.gpu
+def test_a_gpu_computes_what_a_cpu_does():
+    model = create_model("resnet18_unet", **TINY)
+    image = np.random.default_rng(0).standard_normal((1, 32, 32, 2), dtype=np.float32)
+    logits = []
+    for platform in ("cpu", "gpu"):
+        with jax.default_device(jax.devices(platform)[0]):
+            variables = jax.jit(model.init)(jax.random.key(0), image)
+            logits.append(np.asarray(jax.jit(model.apply)(variables, image)))
+    np.testing.assert_allclose(logits[1], logits[0], rtol=0, atol=1e-2 * np.abs(logits[0]).max())

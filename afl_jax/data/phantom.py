@@ -63,7 +63,7 @@ class PhantomSettings:
       seed: Of everything.
     """
 
-    num_train: int = 64
+    num_train: int = 160
     num_val: int = 16
     shape: tuple[int, int, int] = (48, 48, 16)
     spacing: Vector = (1.0, 1.0, 3.0)

@@ -136,7 +136,23 @@ def max_pool(x: jax.Array, *, window: Ints, strides: Ints) -> jax.Array:
       ``[B, *spatial / strides, C]``.
     """
     padding = tuple((size // 2, size // 2) for size in window)
-    return nn.max_pool(x, window, strides, padding)
+
+    def native(x: jax.Array) -> jax.Array:
+        return nn.max_pool(x, window, strides, padding)
+
+    def cpu(x: jax.Array) -> jax.Array:
+        # Axis by axis, as maxima of slices: the gradient of a pooling window is a scatter, slow
+        # on a CPU. Of equal maxima each gets a share of the gradient, not the first all of it;
+        # behind a ReLU only zeros are equal, and those have none.
+        lowest = jnp.array(-jnp.inf, x.dtype)
+        x = lax.pad(x, lowest, [(0, 0, 0), *((n, n, 0) for n, _ in padding), (0, 0, 0)])
+        for axis, (size, step) in enumerate(zip(window, strides, strict=True), start=1):
+            end = x.shape[axis] - size + 1
+            slices = [lax.slice_in_dim(x, i, i + end, step, axis) for i in range(size)]
+            x = functools.reduce(jnp.maximum, slices)
+        return x
+
+    return lax.platform_dependent(x, cpu=cpu, default=native)
 
 
 def upsample_nearest(x: jax.Array, *, scale: Ints) -> jax.Array:
@@ -246,15 +262,12 @@ def _conv_im2col(x: jax.Array, kernel: jax.Array, *, strides: Ints, padding: Pad
     """One matrix product with the taps gathered: any stride, and no transposed kernel."""
     taps = kernel.shape[:-2]
     x = jnp.pad(x, ((0, 0), *padding, (0, 0)))
-    sizes = [(n - k) // s + 1 for n, k, s in zip(x.shape[1:-1], taps, strides, strict=True)]
-    columns = []
-    for tap in itertools.product(*map(range, taps)):
-        window = [
-            slice(t, t + s * (n - 1) + 1, s) for t, n, s in zip(tap, sizes, strides, strict=True)
-        ]
-        columns.append(x[(slice(None), *window)])
-    columns = columns[0] if len(columns) == 1 else jnp.concatenate(columns, axis=-1)
-    return columns @ kernel.reshape(-1, kernel.shape[-1])
+    # From the last axis to the first, so that the channels end in the order of the kernel.
+    for axis, (k, s) in reversed([*enumerate(zip(taps, strides, strict=True), start=1)]):
+        end = x.shape[axis] - k + 1
+        shifted = [lax.slice_in_dim(x, t, t + end, s, axis) for t in range(k)]
+        x = shifted[0] if k == 1 else jnp.concatenate(shifted, axis=-1)
+    return x @ kernel.reshape(-1, kernel.shape[-1])
 
 
 def _strides_to_channels(
@@ -366,26 +379,27 @@ def _kernel_gradient(x: jax.Array, dy: jax.Array, *, taps: Ints, padding: Paddin
 
     slice_voxels = sizes[1] * sizes[2]
     slice_bytes = x.dtype.itemsize * slice_voxels * (math.prod(inner_taps) * c_in + k * c_out)
-    depth = max(
-        d
-        for d in range(1, first + 1)
-        if first % d == 0 and (d == 1 or d * slice_bytes <= _SLAB_BYTES)
-    )
+    depth = _largest_divisor(first, _SLAB_BYTES // slice_bytes)
+    # Whole samples together, where they are small.
+    samples = 1 if depth < first else _largest_divisor(batch, _SLAB_BYTES // (first * slice_bytes))
     slabs = first // depth
 
     def slab_product(n: int | jax.Array) -> jax.Array:
-        sample, start = n // slabs, n % slabs * depth
-        xs = lax.dynamic_slice(x, (sample, start, 0, 0, 0), (1, depth, *x.shape[2:]))[0]
-        dys = lax.dynamic_slice(dy, (sample, start, 0, 0, 0), (1, depth + k - 1, *dy.shape[2:]))[0]
+        sample, start = n // slabs * samples, n % slabs * depth
+        begin, rest = (sample, start, 0, 0, 0), slice(2, None)
+        xs = lax.dynamic_slice(x, begin, (samples, depth, *x.shape[rest]))
+        dys = lax.dynamic_slice(dy, begin, (samples, depth + k - 1, *dy.shape[rest]))
         columns = jnp.concatenate(
             [
-                xs[:, i : i + sizes[1], j : j + sizes[2]]
+                xs[:, :, i : i + sizes[1], j : j + sizes[2]]
                 for i, j in itertools.product(*map(range, inner_taps))
             ],
             axis=-1,
         )
-        shifted = jnp.concatenate([dys[k - 1 - t : k - 1 - t + depth] for t in range(k)], axis=-1)
-        num_voxels = depth * slice_voxels
+        shifted = jnp.concatenate(
+            [dys[:, k - 1 - t : k - 1 - t + depth] for t in range(k)], axis=-1
+        )
+        num_voxels = samples * depth * slice_voxels
         return lax.dot_general(
             columns.reshape(num_voxels, -1),
             shifted.reshape(num_voxels, -1),
@@ -393,10 +407,15 @@ def _kernel_gradient(x: jax.Array, dy: jax.Array, *, taps: Ints, padding: Paddin
         )
 
     total = slab_product(0)
-    if batch * slabs > 1:
+    if (num_products := batch // samples * slabs) > 1:
         add_slab = lambda n, total: total + slab_product(n)  # noqa: E731
-        total = lax.fori_loop(1, batch * slabs, add_slab, total)
+        total = lax.fori_loop(1, num_products, add_slab, total)
     return jnp.moveaxis(total.reshape(*inner_taps, c_in, k, c_out), 3, 0)
+
+
+def _largest_divisor(number: int, bound: int) -> int:
+    """The largest divisor that is not above a bound; 1 at least."""
+    return max(d for d in range(1, number + 1) if number % d == 0 and d <= max(bound, 1))
 
 
 def _conv_of_upsampled(x: jax.Array, kernel: jax.Array, *, scale: Ints) -> jax.Array:
