@@ -45,8 +45,8 @@ class Checkpoint:
 class CheckpointStore:
     """The checkpoints of one run, numbered by epoch."""
 
-    def __init__(self, folder: Path):
-        """Opens a folder of checkpoints, which need not exist yet."""
+    def __init__(self, folder: Path, *, read_only: bool = False):
+        """Opens a folder of checkpoints; it is made unless it is there, or only read."""
         self.folder = folder
 
         def score(metrics: dict[str, float]) -> float:
@@ -55,6 +55,8 @@ class CheckpointStore:
         self._manager = ocp.CheckpointManager(
             folder.absolute(),
             options=ocp.CheckpointManagerOptions(
+                create=not read_only,
+                read_only=read_only,
                 best_fn=score,
                 best_mode="max",
                 preservation_policy=policies.AnyPreservationPolicy(
@@ -62,6 +64,11 @@ class CheckpointStore:
                 ),
             ),
         )
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether there is no checkpoint."""
+        return self._manager.latest_step() is None
 
     def save(self, checkpoint: Checkpoint, *, score: float) -> None:
         """Starts writing a checkpoint and returns once its arrays are copied.
@@ -134,7 +141,7 @@ class CheckpointStore:
             reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else ""
             raise InputError(
                 f"{path} cannot be read as a checkpoint ({type(error).__name__}: {reason}): "
-                "delete it, so that the one before is used, or train again."
+                "delete it, so that another one of the run is used, or train again."
             ) from error
 
     def wait(self) -> None:

@@ -17,7 +17,6 @@ import numpy as np
 import tyro
 from flax import linen as nn
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from afl_jax import inference, lesions, loop, metrics, parallel, reports, statistics, training
 from afl_jax.checkpoint import CheckpointStore
@@ -33,7 +32,6 @@ _NUM_OVERLAY_CASES = 4
 _FREE_ON_RESUME = ("num_epochs", "eval_every", "num_devices", "tensorboard")
 
 ConfigFlags = Annotated[Config, tyro.conf.arg(name="")]
-DataFlags = Annotated[DataConfig, tyro.conf.arg(name="")]
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -45,6 +43,7 @@ def main(arguments: Sequence[str]) -> int:
     Returns:
         The exit code: 0, 2 after bad input, or 130 if interrupted.
     """
+    _enable_compilation_cache()
     try:
         return tyro.extras.subcommand_cli_from_dict(
             {
@@ -60,13 +59,18 @@ def main(arguments: Sequence[str]) -> int:
     except InputError as error:
         _print_error(error)
         return 2
+    except OSError as error:
+        # A file that cannot be made or written, or a disk that is full.
+        place = f"{error.filename}: " if error.filename else ""
+        _print_error(f"{place}{error.strerror or error}; check the path, its rights and the disk.")
+        return 2
     except KeyboardInterrupt:
         print("afl-jax: interrupted", file=sys.stderr)
         return 130
 
 
-def prepare(*, data: DataFlags = DataConfig()) -> int:
-    """Prepare a data set, so that runs find it ready.
+def prepare(*, data: DataConfig = DataConfig()) -> int:
+    """Prepare a data set, so that runs with the same --data options find it ready.
 
     Args:
         data: Which data set, and how.
@@ -101,14 +105,15 @@ def train(
     """
     del config_file  # `_with_base_config` made it the default of `config`.
     console = Console()
+    _check_config(config)
     _check_run_folder(out, config, resume=resume)
     # Whatever a mistake in the config could break comes before the first long work.
     devices = parallel.select_devices(config.num_devices, batch_size=config.batch_size)
     axis_name = parallel.axis_name(devices)
-    loss_fn = _create_loss(config.loss, num_classes=config.model.num_classes)
     model = _create_model(config, axis_name=axis_name)
+    loss_fn = _create_loss(config.loss, num_classes=config.model.num_classes)
     log_fn = _create_tensorboard_log(out) if config.tensorboard else None
-    weights = None if config.init_weights is None else read_weights(config.init_weights)
+    weights = read_weights(config.init_weights) if config.init_weights else None
     builder = _prepare_data(config.data, console)
     if 2 < config.model.num_classes < builder.num_classes:
         raise InputError(
@@ -131,10 +136,16 @@ def train(
         return training.create_train_state(model.apply, model.init(key, image), optimizer)
 
     weights_key, augment_key = jax.random.split(jax.random.key(config.seed))
+    state = create_state(weights_key)
+    if weights is not None:
+        variables = from_torch(weights, state.variables, source=str(config.init_weights))
+        state = state.replace(**variables)
     batches = _create_loader(builder, "train", config)
     history = []
-    if resume:
-        store = CheckpointStore(out / "checkpoints")
+    out.mkdir(parents=True, exist_ok=True)
+    reports.write_text(out / "config.json", to_json(config))
+    store = CheckpointStore(out / "checkpoints")
+    if resume and not store.is_empty:
         shapes = jax.eval_shape(create_state, weights_key)
         restored = store.restore(
             "latest", optimizer={"step": shapes.step, "opt_state": shapes.opt_state}
@@ -143,13 +154,8 @@ def train(
         batches.set_state(restored.iterator)
         history = restored.history
         console.print(f"resumed after epoch {restored.epoch}", highlight=False)
-    else:
-        state = create_state(weights_key)
-        if weights is not None:
-            variables = from_torch(weights, state.variables, source=config.init_weights)
-            state = state.replace(**variables)
-        store = CheckpointStore(out / "checkpoints")
-    reports.write_text(out / "config.json", to_json(config))
+    elif resume:
+        console.print("no epoch was validated before: the run begins anew", highlight=False)
 
     train_step = parallel.compile_step(
         functools.partial(
@@ -188,7 +194,7 @@ def train(
         soft_wrap=True,
     )
     try:
-        loop.fit(
+        history = loop.fit(
             state,
             config=config,
             batches=batches,
@@ -204,7 +210,7 @@ def train(
             log_fn=log_fn,
         )
         store.wait()
-        best, latest = store.restore("best"), store.restore("latest")
+        best = store.restore("best")
     finally:
         store.close()
     variables = parallel.replicate(best.variables, devices)
@@ -214,7 +220,7 @@ def train(
     reports.write_csv(out / "validation.csv", rows)
     reports.overlay_figure(cases, out / "overlay.png")
     reports.curves_figure(
-        latest.history,
+        history,
         out / "curves.png",
         loss_columns=("loss", "val_loss"),
         metric_columns=[f"val_{name}" for name in loop.METRICS],
@@ -265,19 +271,22 @@ def predict(
     }
     num_channels = variables["params"]["encoder"]["conv1"]["kernel"].shape[-2]
 
+    # The variables are an argument: closed over, they would be constants of the program, and lie
+    # in the compilation cache.
     @jax.jit
-    def class_probs(patch: jax.Array) -> jax.Array:
+    def class_probs(variables: Any, patch: jax.Array) -> jax.Array:
         return inference.class_probs(model.apply(variables, patch, train=False))
 
+    apply_fn = functools.partial(class_probs, jax.device_put(variables))
     out.mkdir(parents=True, exist_ok=True)
     num_failed = 0
-    with _progress_bar(console) as progress:
+    with reports.progress_bar(console) as progress:
         for path, files in progress.track(cases.items(), description="predicting"):
             try:
                 image = volume.read_channels(files, num_channels=num_channels)
                 prepared = preprocess.prepare_image(image, **preparation)
                 probs = inference.sliding_window(
-                    class_probs, prepared.array, patch_shape=data.shape, overlap=overlap
+                    apply_fn, prepared.array, patch_shape=data.shape, overlap=overlap
                 )
                 probs = preprocess.restore(
                     replace(prepared, array=probs), image, interpolation="linear"
@@ -323,7 +332,7 @@ def evaluate(
             "move the prediction away."
         )
     rows, num_failed = [], 0
-    with _progress_bar(console) as progress:
+    with reports.progress_bar(console) as progress:
         for case_id, path in progress.track(files[predictions].items(), description="evaluating"):
             try:
                 rows.append(
@@ -345,6 +354,18 @@ def evaluate(
         console.print(reports.case_table(rows, title=f"{predictions} against {labels}"))
         console.print(f"written to {path}", highlight=False, soft_wrap=True)
     return 2 if num_failed else 0
+
+
+def _enable_compilation_cache() -> None:
+    """Keeps compiled programs in the user's cache folder, unless told otherwise.
+
+    ``AFL_JAX_COMPILATION_CACHE=0`` switches it off; JAX's own ``JAX_COMPILATION_CACHE_DIR`` names
+    another folder.
+    """
+    if os.environ.get("AFL_JAX_COMPILATION_CACHE") == "0" or jax.config.jax_compilation_cache_dir:
+        return
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    jax.config.update("jax_compilation_cache_dir", str(cache / "afl_jax" / "xla"))
 
 
 def _with_base_config(command: Callable[..., int], arguments: Sequence[str]) -> Callable[..., int]:
@@ -372,6 +393,35 @@ def _with_base_config(command: Callable[..., int], arguments: Sequence[str]) -> 
     wrapped = functools.wraps(command)(lambda *args, **kwargs: command(*args, **kwargs))
     wrapped.__signature__ = signature.replace(parameters=parameters)
     return wrapped
+
+
+def _check_config(config: Config) -> None:
+    """What the types of the config's fields do not say."""
+    model, strides = config.model, config.model.strides
+    rules = {
+        "num_epochs": ("at least 1", config.num_epochs, config.num_epochs >= 1),
+        "batch_size": ("at least 1", config.batch_size, config.batch_size >= 1),
+        "eval_every": ("at least 1", config.eval_every, config.eval_every >= 1),
+        "seed": ("at least 0", config.seed, config.seed >= 0),
+        "data.seed": ("at least 0", config.data.seed, config.data.seed >= 0),
+        "model.num_classes": ("at least 1", model.num_classes, model.num_classes >= 1),
+        "model.width": ("at least 1", model.width, model.width >= 1),
+        "model.strides": (
+            "five triples of numbers from 1",
+            strides,
+            len(strides) == 5 and min(map(min, strides)) >= 1,
+        ),
+        "model.decoder_features": (
+            "five numbers from 1",
+            model.decoder_features,
+            len(model.decoder_features) == 5 and min(model.decoder_features) >= 1,
+        ),
+    }
+    for name, value in asdict(config.augment).items():
+        rules[f"augment.{name}"] = ("from 0 to 1", value, 0 <= value <= 1)
+    for name, (rule, value, holds) in rules.items():
+        if not holds:
+            raise InputError(f"{name} must be {rule}, got {value}.")
 
 
 def _check_run_folder(out: Path, config: Config, *, resume: bool) -> None:
@@ -402,7 +452,7 @@ def _as_input_error(where: str) -> Iterator[None]:
         yield
     except InputError:
         raise
-    except ValueError as error:
+    except (TypeError, ValueError) as error:
         raise InputError(f"{where}: {error}") from error
 
 
@@ -478,7 +528,7 @@ def _prepare_data(config: DataConfig, console: Console) -> Any:
         for key, value in asdict(config).items()
         if key not in ("name", "data_dir") and value is not None
     }
-    with _progress_bar(console) as progress:
+    with reports.progress_bar(console) as progress:
         task = progress.add_task(f"preparing {config.name}", total=None)
         return loader.prepare(
             config.name,
@@ -559,7 +609,7 @@ def _restore_network(
     if init_weights is None:
         if run is None:
             raise InputError("--config needs --init-weights: it holds no network of its own.")
-        store = CheckpointStore(run / "checkpoints")
+        store = CheckpointStore(run / "checkpoints", read_only=True)
         try:
             best = store.restore("best")
         finally:
@@ -567,8 +617,8 @@ def _restore_network(
         return best.config, best.variables
     config = read_config(config_file or run / "config.json")
     weights = read_weights(init_weights)
-    stem = weights.get("encoder.conv1.weight", np.empty((0, 1)))
-    image = jnp.zeros((1, *config.data.shape, stem.shape[1]))
+    stem = weights.get("encoder.conv1.weight", np.empty(0))
+    image = jnp.zeros((1, *config.data.shape, stem.shape[1] if stem.ndim > 1 else 1))
     shapes = jax.eval_shape(_create_model(config).init, jax.random.key(0), image)
     return config, from_torch(weights, shapes, source=str(init_weights))
 
@@ -620,8 +670,11 @@ def _evaluate_case(
     num_classes: int,
     label_map: dict[int, int],
 ) -> loop.Row:
-    """Metrics of one case, of all foreground; Dice also of each class if there are several."""
+    """Metrics of one case: voxels by class, lesions and distances of all foreground."""
     prediction, labels = volume.read_volume(prediction_path), volume.read_volume(labels_path)
+    for path, item in ((prediction_path, prediction), (labels_path, labels)):
+        if item.array.ndim != 3:
+            raise InputError(f"{path}: a mask must have 3 dimensions, found 4 (channels).")
     if difference := volume.grid_difference(prediction, labels):
         raise InputError(
             f"{prediction_path}: expected the grid of its label {labels_path}, found {difference}."
@@ -636,12 +689,9 @@ def _evaluate_case(
             maps[path] = preprocess.remap_labels(item.array, mapping)
     predicted, true = maps[prediction_path], maps[labels_path]
     row: loop.Row = {"case_id": case_id}
-    counts = _count(predicted[None], true[None], voxel_mask=None, num_classes=2)
-    row |= {name: float(metric(counts)[0, 0]) for name, metric in loop.METRICS.items()}
-    if num_classes > 2:
-        counts = _count(predicted[None], true[None], voxel_mask=None, num_classes=num_classes)
-        dice = metrics.dice(counts)[0]
-        row |= {f"dice_{c}": float(value) for c, value in enumerate(dice, start=1)}
+    counts = _count(predicted[None], true[None], voxel_mask=None, num_classes=num_classes)
+    (values,) = loop.metric_rows(counts)
+    row |= values
     found = lesions.match_lesions(predicted > 0, true > 0)
     distances = lesions.surface_distances(predicted > 0, true > 0, spacing=labels.spacing)
     row |= {
@@ -655,19 +705,7 @@ def _evaluate_case(
     return row
 
 
-def _progress_bar(console: Console) -> Progress:
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        console=console,
-        disable=not console.is_terminal,
-        transient=True,
-    )
-
-
-def _print_error(error: InputError) -> None:
+def _print_error(error: InputError | str) -> None:
     print(f"afl-jax: error: {' '.join(str(error).split())}", file=sys.stderr)
 
 

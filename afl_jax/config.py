@@ -126,7 +126,7 @@ class Config:
     """Passes over the training cases."""
     batch_size: int = 4
     """Cases a step, over all devices."""
-    eval_every: int = 3
+    eval_every: int = 1
     """Epochs between two validations; the last epoch is always validated."""
     tensorboard: bool = False
     """Write the epochs' metrics for TensorBoard too (extra: tensorboard)."""

@@ -16,14 +16,7 @@ from typing import Any
 import jax
 import numpy as np
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
+from rich.progress import TextColumn
 
 from afl_jax import metrics, parallel, reports
 from afl_jax.checkpoint import Checkpoint, CheckpointStore
@@ -58,21 +51,36 @@ def evaluate(
         devices: On which it runs.
 
     Returns:
-        A row a case: ``case_id``, ``loss`` and `METRICS`, means over the foreground classes where
-        they are defined; with several of those also one column for each, such as ``dice_2``.
+        A row a case: ``case_id``, ``loss`` and what `metric_rows` gives.
     """
     rows = []
     for batch, output in run_eval_step(variables, batches, eval_step=eval_step, devices=devices):
-        values = {name: np.asarray(metric(output["counts"])) for name, metric in METRICS.items()}
+        values = metric_rows(output["counts"])
         for i in np.flatnonzero(batch["valid"]):
             row = {"case_id": str(batch["case_id"][i]), "loss": float(output["loss"][i])}
+            rows.append(row | values[i])
+    return rows
+
+
+def metric_rows(counts: metrics.ConfusionCounts) -> list[Row]:
+    """The metrics of every case of a batch.
+
+    Args:
+        counts: Confusion counts ``[B, F]``, a column a foreground class.
+
+    Returns:
+        A row a case: `METRICS`, means over the foreground classes where they are defined; with
+        several of those also one column for each, such as ``dice_2``.
+    """
+    values = {name: np.asarray(metric(counts)) for name, metric in METRICS.items()}
+    num_cases, num_foreground = values["dice"].shape
+    rows = []
+    for i in range(num_cases):
+        row = {name: _nan_mean(value[i]) for name, value in values.items()}
+        if num_foreground > 1:
             for name, value in values.items():
-                row[name] = _nan_mean(value[i])
-            num_foreground = values["dice"].shape[1]
-            if num_foreground > 1:
-                for name, value in values.items():
-                    row |= {f"{name}_{c + 1}": float(value[i, c]) for c in range(num_foreground)}
-            rows.append(row)
+                row |= {f"{name}_{c + 1}": float(value[i, c]) for c in range(num_foreground)}
+        rows.append(row)
     return rows
 
 
@@ -140,7 +148,8 @@ def fit(
     """
     history = list(history)
     state = parallel.replicate(state, devices)
-    with _progress_bar(console) as progress:
+    loss_column = TextColumn("loss {task.fields[loss]:.5f}")
+    with reports.progress_bar(console, loss_column) as progress:
         done = len(history) * num_steps
         task = progress.add_task(
             "training", total=config.num_epochs * num_steps, completed=done, loss=math.nan
@@ -164,7 +173,7 @@ def fit(
             if not math.isfinite(means["loss"]):
                 raise InputError(
                     f"the training loss of epoch {epoch} is {means['loss']}: lower "
-                    "optimizer.learning-rate, or set optimizer.max-gradient-norm, and resume."
+                    "optimizer.learning-rate or set optimizer.max-gradient-norm, in a new run."
                 )
             row = {
                 "epoch": epoch,
@@ -244,17 +253,3 @@ def _epoch_line(row: Row, num_epochs: int) -> str:
     parts.append(f"{row['volumes_per_second']:.2f} volumes/s")
     parts.append(f"waited {row['data_wait_fraction']:.0%} for data")
     return "  ".join(parts)
-
-
-def _progress_bar(console: Console) -> Progress:
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("loss {task.fields[loss]:.5f}"),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-        console=console,
-        disable=not console.is_terminal,
-    )

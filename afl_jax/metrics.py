@@ -198,10 +198,10 @@ def _soft_sums(probs: jax.Array, labels: jax.Array) -> tuple[jax.Array, jax.Arra
             f"labels must have the shape of probs without its last axis, {probs.shape[:-1]}, "
             f"got {labels.shape}."
         )
-    probs = probs.astype(jnp.float32)
+    probs = probs.astype(jnp.promote_types(probs.dtype, jnp.float32))
     if probs.shape[-1] == 1:
         probs = jnp.concatenate([1 - probs, probs], axis=-1)
-    one_hot = jax.nn.one_hot(labels, probs.shape[-1], dtype=jnp.float32)
+    one_hot = jax.nn.one_hot(labels, probs.shape[-1], dtype=probs.dtype)
     spatial = tuple(range(1, labels.ndim))
     intersection = jnp.sum(probs * one_hot, axis=spatial)
     return intersection, jnp.sum(probs**2 + one_hot, axis=spatial)

@@ -19,6 +19,16 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from rich import box
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 
 if TYPE_CHECKING:
@@ -214,6 +224,30 @@ def case_table(rows: Sequence[Row], *, title: str) -> Table:
         # The first column names the case, so it names the summary too.
         table.add_row(name, *[cells.get(column, "") for column in columns[1:]], style=style)
     return table
+
+
+def progress_bar(console: Console, *columns: ProgressColumn) -> Progress:
+    """A bar with what is done, the time that it took and the time left.
+
+    Args:
+        console: where it is shown, if that is a terminal.
+        columns: of the caller's own, in front of the times.
+
+    Returns:
+        A context manager; see `rich.progress.Progress`.
+    """
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        *columns,
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        console=console,
+        disable=not console.is_terminal,
+        transient=True,
+    )
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,7 @@ def foreground_fraction(labels: jax.Array, *, voxel_mask: jax.Array | None = Non
       2024, https://arxiv.org/abs/2407.09828
     """
     num_foreground, num_background = _class_counts(labels, voxel_mask)
-    return num_foreground / jnp.maximum(num_foreground + num_background, 1)
+    return num_foreground / jnp.maximum(num_foreground + num_background, 1.0)
 
 
 def balancing_alpha(labels: jax.Array, *, voxel_mask: jax.Array | None = None) -> jax.Array:
@@ -174,12 +174,14 @@ def _sum_of_neighbours(pairs: jax.Array, *, axis: int) -> jax.Array:
 
 
 def _class_counts(labels: jax.Array, voxel_mask: jax.Array | None) -> tuple[jax.Array, jax.Array]:
-    """Number of foreground and of background voxels, ``[B]`` int32: exact."""
+    """Number of foreground and of background voxels, ``[B]``: counted exactly, then floats."""
     foreground, valid = _foreground(labels, voxel_mask)
     background = ~foreground
     if valid is not None:
         foreground, background = foreground & valid, background & valid
-    return tuple(_flat(mask).sum(axis=1, dtype=jnp.int32) for mask in (foreground, background))
+    counts = [_flat(mask).sum(axis=1, dtype=jnp.int32) for mask in (foreground, background)]
+    # A quotient of int32 would be float32 even where the default is float64.
+    return tuple(count.astype(jnp.result_type(float)) for count in counts)
 
 
 def _flat(values: jax.Array) -> jax.Array:

@@ -152,12 +152,9 @@ def create_optimizer(
     optimizer = optax.chain(*steps)
     if not frozen:
         return optimizer
-    return optax.transforms.selective_transform(
-        optimizer,
-        freeze_mask=lambda params: {
-            name: jax.tree.map(lambda _, name=name: name in frozen, module)
-            for name, module in params.items()
-        },
+    return optax.partition(
+        {"train": optimizer, "freeze": optax.set_to_zero()},
+        lambda params: {name: "freeze" if name in frozen else "train" for name in params},
     )
 
 

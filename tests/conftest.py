@@ -1,6 +1,9 @@
 """Tests run under stricter JAX than users do, on several simulated devices."""
 
+import atexit
 import os
+import shutil
+import tempfile
 from pathlib import Path
 
 import jax
@@ -8,6 +11,12 @@ import pytest
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+# The same network compiles once in a session, and nothing reaches the user's own cache.
+_CACHE = tempfile.mkdtemp(prefix="afl_jax_tests_")
+atexit.register(shutil.rmtree, _CACHE, ignore_errors=True)
+jax.config.update("jax_compilation_cache_dir", _CACHE)
+os.environ["AFL_JAX_COMPILATION_CACHE"] = "0"
 
 GOLDEN = Path(__file__).parent / "golden"
 

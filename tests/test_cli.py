@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -26,7 +27,7 @@ TINY = [
         "--model.strides",
         *["2", "2", "1", "2", "2", "2", "1", "1", "1", "2", "2", "2", "1", "1", "1"],
     ),
-    *("--batch-size", "2", "--num-epochs", "2", "--num-devices", "1"),
+    *("--batch-size", "2", "--num-epochs", "2", "--eval-every", "1", "--num-devices", "1"),
     *("--optimizer.schedule", "constant"),
 ]
 PHANTOM = ["--data.shape", "16", "16", "8", "--data.num-train", "4", "--data.num-val", "3"]
@@ -164,7 +165,7 @@ def test_evaluation_counts_what_is_there(tmp_path, capsys):
     assert float(row["dice"]) == pytest.approx(2 * 4 / (4 + 8))
 
 
-def make_folder(root: Path, labels: dict[str, np.ndarray]) -> Path:
+def make_folder(root: Path, labels: dict[str, np.ndarray], *, num_labels: int = 2) -> Path:
     """A data set in MSD layout."""
     rng = np.random.default_rng(0)
     for folder in ("imagesTr", "labelsTr"):
@@ -179,7 +180,7 @@ def make_folder(root: Path, labels: dict[str, np.ndarray]) -> Path:
     ]
     content = {
         "modality": {"0": "MRI"},
-        "labels": {"0": "background", "1": "lesion"},
+        "labels": {str(label): f"label {label}" for label in range(num_labels)},
         "training": entries,
     }
     (root / "dataset.json").write_text(json.dumps(content))
@@ -249,6 +250,14 @@ def test_bad_data_is_one_line_and_nothing_is_left(damage, tmp_path, capsys):
         (["--data.shape", "17", "16", "8"], "(16, 16, 8) or (24, 16, 8) would do"),
         (["--num-devices", "2", "--batch-size", "3"], "batch_size must be a multiple of"),
         (["--batch-size", "8"], "batch_size must be at most 4"),
+        (["--batch-size", "0"], "batch_size must be at least 1, got 0"),
+        (["--eval-every", "0"], "eval_every must be at least 1, got 0"),
+        (["--seed", "-1"], "seed must be at least 0, got -1"),
+        (["--model.width", "0"], "model.width must be at least 1, got 0"),
+        (["--model.strides", "2", "2", "2"], "model.strides must be five triples"),
+        (["--model.decoder-features", "8", "0"], "model.decoder_features must be five numbers"),
+        (["--augment.flip-probability", "2"], "augment.flip_probability must be from 0 to 1"),
+        (["--loss.options", "gamma", "abc"], "loss.options: "),
         (["--optimizer.num-warmup-steps", "4"], "num_warmup_steps must be less than"),
         (["--config", "/nowhere.json"], "/nowhere.json cannot be read"),
     ],
@@ -310,6 +319,39 @@ def test_one_bad_image_does_not_stop_the_others(run, tmp_path, capsys):
     assert main(arguments) == 2
     assert f"afl-jax: error: {bad}" in capsys.readouterr().err
     assert [path.name for path in out.iterdir()] == ["good.nii.gz"]
+
+
+def test_a_run_that_never_came_to_a_checkpoint_begins_anew(run, tmp_path):
+    out = tmp_path / "stopped"
+    (out / "checkpoints").mkdir(parents=True)
+    shutil.copy(run / "config.json", out)
+    assert main(["train", "--out", str(out), "--resume"]) == 0
+    first, again = (read_rows(folder / "metrics.csv") for folder in (run, out))
+    assert [row["loss"] for row in again] == [row["loss"] for row in first]
+
+
+def test_three_classes_train_predict_and_evaluate(tmp_path):
+    labels = some_labels()
+    labels[10:13, 10:13, 3:6] = 2
+    source = make_folder(tmp_path / "raw", dict.fromkeys("abc", labels), num_labels=3)
+    out, masks = tmp_path / "run", tmp_path / "masks"
+    arguments = folder_arguments(source, out, tmp_path / "data")
+    assert main([*arguments, "--model.num-classes", "3"]) == 0
+    (row,) = read_rows(out / "validation.csv")
+    assert float(row["dice"]) == pytest.approx((float(row["dice_1"]) + float(row["dice_2"])) / 2)
+    images = [str(source / "imagesTr" / "a.nii.gz")]
+    assert main(["predict", "--run", str(out), "--images", *images, "--out", str(masks)]) == 0
+    folders = ["--predictions", str(masks), "--labels", str(source / "labelsTr")]
+    assert main(["evaluate", *folders, "--num-classes", "3"]) == 0
+    (row,) = read_rows(masks / "evaluation.csv")
+    assert {"dice_1", "dice_2"} <= set(row)
+
+
+def test_more_classes_in_the_data_than_in_the_network_are_refused(tmp_path, capsys):
+    source = make_folder(tmp_path / "raw", {name: some_labels() for name in "abc"}, num_labels=4)
+    arguments = folder_arguments(source, tmp_path / "run", tmp_path / "data")
+    assert main([*arguments, "--model.num-classes", "3"]) == 2
+    assert "model.num_classes must be at least 4" in capsys.readouterr().err
 
 
 def test_a_prediction_without_label_is_named(tmp_path, capsys):

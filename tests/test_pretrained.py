@@ -617,3 +617,11 @@ def test_the_pickle_inside_an_archive_is_really_there(tmp_path):
     assert zipfile.is_zipfile(path)
     np.load(path, allow_pickle=True)["conv1.weight"]
     assert folder.is_dir()
+
+
+def test_exported_weights_survive_a_file(tmp_path):
+    state_dict = random_state_dict(tiny_unet(), num_channels=3)
+    variables = from_torch(state_dict, shapes_of(tiny_unet(), num_channels=3))
+    save_file(to_torch(variables), tmp_path / "weights.safetensors")
+    for name, weight in read_weights(tmp_path / "weights.safetensors").items():
+        np.testing.assert_array_equal(weight, state_dict[name])

@@ -105,6 +105,15 @@ def test_gradients_are_clipped_to_their_global_norm():
     np.testing.assert_allclose([updates["a"], updates["b"]], [-3 / 5, -4 / 5], rtol=1e-6)
 
 
+def test_frozen_modules_stay_as_they_are():
+    optimizer = training.create_optimizer("adamw", learning_rate=0.1, frozen=["encoder"])
+    params = {"encoder": {"w": jnp.ones(2)}, "head": {"w": jnp.ones(2)}}
+    updates, _ = optimizer.update(params, optimizer.init(params), params)
+    np.testing.assert_array_equal(updates["encoder"]["w"], 0)
+    # Adam's first step has the size of the learning rate.
+    np.testing.assert_allclose(updates["head"]["w"], -0.1, rtol=1e-5)
+
+
 def test_a_step_is_gradient_descent_on_the_mean_over_volumes():
     batch = make_batch()
     state = linear_state(optax.sgd(0.1))

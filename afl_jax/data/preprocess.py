@@ -279,7 +279,7 @@ def remap_labels(array: np.ndarray, label_map: Mapping[int, int]) -> np.ndarray:
       uint8 of the same shape.
 
     Raises:
-      InputError: If a value is not a whole number, or not in the map.
+      InputError: If a value is not in the map, or its class is out of range.
     """
     values = np.unique(array).tolist()
     outside = [value for value in values if value not in label_map]
@@ -288,6 +288,8 @@ def remap_labels(array: np.ndarray, label_map: Mapping[int, int]) -> np.ndarray:
             f"label value {outside[0]:g} is not among {sorted(label_map)}: "
             "correct the labels, or add the value to the label map."
         )
+    if wrong := [label_map[value] for value in values if not 0 <= label_map[value] <= 255]:
+        raise InputError(f"the label map must lead to classes from 0 to 255, got {wrong[0]}.")
     classes = np.zeros(array.shape, np.uint8)
     for value in values:
         classes[array == value] = label_map[value]

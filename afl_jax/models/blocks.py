@@ -142,8 +142,8 @@ def max_pool(x: jax.Array, *, window: Ints, strides: Ints) -> jax.Array:
 
     def cpu(x: jax.Array) -> jax.Array:
         # Axis by axis, as maxima of slices: the gradient of a pooling window is a scatter, slow
-        # on a CPU. Of equal maxima each gets a share of the gradient, not the first all of it;
-        # behind a ReLU only zeros are equal, and those have none.
+        # on a CPU. Of equal maxima each gets a share of the gradient, not the first all of it:
+        # behind a ReLU nearly all are zeros, which have none.
         lowest = jnp.array(-jnp.inf, x.dtype)
         x = lax.pad(x, lowest, [(0, 0, 0), *((n, n, 0) for n, _ in padding), (0, 0, 0)])
         for axis, (size, step) in enumerate(zip(window, strides, strict=True), start=1):

@@ -114,13 +114,14 @@ def to_torch(variables: Variables) -> Weights:
       variables: ``params`` and ``batch_stats``.
 
     Returns:
-      Arrays by name, ready for ``load_state_dict`` of the same network. The counters of BatchNorm,
-      which nothing reads, are 0.
+      Contiguous arrays by name, ready for ``load_state_dict`` of the same network. The counters of
+      BatchNorm, which nothing reads, are 0.
     """
     weights = {}
     for path, leaf in flatten_dict(variables).items():
         name = _torch_name(path)
-        weights[name] = _to_torch_layout(np.asarray(leaf))
+        # Contiguous: safetensors writes a buffer as it lies in memory, whatever its strides.
+        weights[name] = np.ascontiguousarray(_to_torch_layout(np.asarray(leaf)))
         module, _, last = name.rpartition(".")
         if last == "running_var":
             weights[f"{module}.{_COUNTER}"] = np.zeros((), np.int64)
