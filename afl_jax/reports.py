@@ -206,11 +206,20 @@ def case_table(rows: Sequence[Row], *, title: str) -> Table:
         A table for `rich.console.Console.print`.
     """
     columns, summaries = _columns(rows), summarise(rows)
-    table = Table(title=title, box=box.SIMPLE_HEAD, title_style="bold", title_justify="left")
+    table = Table(
+        title=title,
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+        title_style="bold",
+        title_justify="left",
+    )
     for column in columns:
         # A narrow terminal breaks long names; it never cuts a number or a case off.
         justify = "right" if column in summaries else "left"
-        table.add_column(column, justify=justify, overflow="fold")
+        is_metric = column in summaries
+        table.add_column(
+            column, justify=justify, overflow="fold", min_width=5 if is_metric else None
+        )
     for row in rows:
         table.add_row(*[_format(row.get(column)) for column in columns])
     table.add_section()

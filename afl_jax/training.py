@@ -252,7 +252,7 @@ def eval_step(
       counts_fn: ``(prediction, labels, *, voxel_mask) -> counts``, arrays that begin with B.
 
     Returns:
-      ``loss`` ``[B]``, ``counts``, and the class map ``prediction`` as uint8.
+      ``loss`` ``[B]``, ``counts``, and the class map ``prediction`` as uint8, 0 on padding.
     """
     logits = apply_fn(variables, batch["image"], train=False)
     prediction = predict_fn(logits)
@@ -260,5 +260,6 @@ def eval_step(
     return {
         "loss": loss_fn(logits, labels, voxel_mask=voxel_mask),
         "counts": counts_fn(prediction, labels, voxel_mask=voxel_mask),
-        "prediction": prediction.astype(jnp.uint8),
+        # What the network says of padding means nothing: no loss reaches it.
+        "prediction": jnp.where(voxel_mask, prediction, 0).astype(jnp.uint8),
     }

@@ -163,6 +163,7 @@ def test_statistics_are_reported_as_means_over_the_batch():
 
 def test_eval_step_returns_loss_counts_and_class_map_of_every_case():
     batch = make_batch()
+    batch["voxel_mask"][:, :, :, 3] = False
     output = training.eval_step(
         {"params": {"w": jnp.float32(1.0)}, "batch_stats": {}},
         batch,
@@ -173,7 +174,8 @@ def test_eval_step_returns_loss_counts_and_class_map_of_every_case():
     )
     expected = (batch["image"][..., 0] > 0.5) == batch["labels"]
     np.testing.assert_array_equal(output["counts"], expected.sum((1, 2, 3)))
-    np.testing.assert_array_equal(output["prediction"], batch["image"][..., 0] > 0.5)
+    expected = (batch["image"][..., 0] > 0.5) & batch["voxel_mask"]
+    np.testing.assert_array_equal(output["prediction"], expected)
     assert output["loss"].shape == (4,)
 
 
