@@ -98,8 +98,7 @@ class CheckpointStore:
 
         Args:
           which: The newest, or the one with the best score.
-          optimizer: Shapes of the optimizer's part, as `jax.eval_shape` gives them; if None that
-            part is not read.
+          optimizer: Arrays like the optimizer's part, or their shapes; if None it is not read.
 
         Returns:
           The checkpoint, its arrays on the first device.

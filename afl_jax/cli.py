@@ -146,11 +146,10 @@ def train(
     reports.write_text(out / "config.json", to_json(config))
     store = CheckpointStore(out / "checkpoints")
     if resume and not store.is_empty:
-        shapes = jax.eval_shape(create_state, weights_key)
         restored = store.restore(
-            "latest", optimizer={"step": shapes.step, "opt_state": shapes.opt_state}
+            "latest", optimizer={"step": state.step, "opt_state": state.opt_state}
         )
-        state = shapes.replace(**restored.variables, **restored.optimizer)
+        state = state.replace(**restored.variables, **restored.optimizer)
         batches.set_state(restored.iterator)
         history = restored.history
         console.print(f"resumed after epoch {restored.epoch}", highlight=False)
