@@ -64,7 +64,6 @@ def authors_loss(logits, labels, *, voxel_mask):
     """A-FL with each channel's weight rounded to float32, as theirs is whatever the rest is."""
     del voxel_mask  # Their volumes have no rim.
     alpha = balancing_alpha(labels)
-    # XLA takes a cast to float32 and back for nothing.
     weights = [jax.lax.reduce_precision(w, 8, 23) for w in (alpha, 1 - alpha)]
     # The loss is linear in alpha: one channel alone, and the other alone.
     return sum(
