@@ -223,7 +223,7 @@ def soft_dice(probs: jax.Array, labels: jax.Array) -> jax.Array:
         labels: [B, X, Y, Z] or [B, X, Y] integer classes.
 
     Returns:
-        float32 [B], finite for every input; a channel whose probabilities and label are all zero
+        [B], float32 at least, finite for every input; a channel whose probabilities and label are all zero
         contributes 1.
 
     Raises:
@@ -253,7 +253,7 @@ def soft_iou(probs: jax.Array, labels: jax.Array) -> jax.Array:
         labels: [B, X, Y, Z] or [B, X, Y] integer classes.
 
     Returns:
-        float32 [B], finite for every input; a channel whose probabilities and label are all zero
+        [B], float32 at least, finite for every input; a channel whose probabilities and label are all zero
         contributes 1.
 
     Raises:

@@ -64,11 +64,8 @@ def main(source: Path, out: Path, data_dir: Path = Path("data")) -> None:
         resume = (run / "config.json").exists()
         cli.train(out=run, config=dataclasses.replace(config, data=data), resume=resume)
         with (run / "validation.csv").open(newline="") as file:
-            cases = list(csv.DictReader(file))
-        summaries = {
-            metric: reports.summarise([{metric: float(case[metric])} for case in cases])[metric]
-            for metric in loop.METRICS
-        }
+            cases = [{m: float(case[m]) for m in loop.METRICS} for case in csv.DictReader(file)]
+        summaries = reports.summarise(cases)
         rows.append({"run": name} | {metric: s.mean for metric, s in summaries.items()})
     console = Console()
     for row in rows:
