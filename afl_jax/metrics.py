@@ -223,8 +223,8 @@ def soft_dice(probs: jax.Array, labels: jax.Array) -> jax.Array:
         labels: [B, X, Y, Z] or [B, X, Y] integer classes.
 
     Returns:
-        [B], float32 at least, finite for every input; a channel whose probabilities and label are all zero
-        contributes 1.
+        [B], float32 at least, finite for every input; a channel whose probabilities and label are
+        all zero contributes 1.
 
     Raises:
         ValueError: the shapes do not fit.
@@ -253,8 +253,8 @@ def soft_iou(probs: jax.Array, labels: jax.Array) -> jax.Array:
         labels: [B, X, Y, Z] or [B, X, Y] integer classes.
 
     Returns:
-        [B], float32 at least, finite for every input; a channel whose probabilities and label are all zero
-        contributes 1.
+        [B], float32 at least, finite for every input; a channel whose probabilities and label are
+        all zero contributes 1.
 
     Raises:
         ValueError: the shapes do not fit.
