@@ -42,13 +42,12 @@ def tiny_unet(strides=STRIDES_2D):
 def random_state_dict(model, *, num_channels: int) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(0)
     names = to_torch(zeros_of(shapes_of(model, num_channels=num_channels)))
-    return {
-        name: weight if weight.dtype == np.int64 else random_like(rng, weight)
-        for name, weight in names.items()
-    }
+    return {name: random_like(rng, weight) for name, weight in names.items()}
 
 
 def random_like(rng, weight):
+    if weight.dtype == np.int64:
+        return np.array(rng.integers(1, 2**31))
     return rng.standard_normal(weight.shape).astype(weight.dtype)
 
 
@@ -301,9 +300,22 @@ def test_every_kind_of_weight_has_its_name_and_place():
 def test_weights_take_the_dtype_of_the_network():
     model = tiny_unet()
     weights = random_state_dict(model, num_channels=1)
-    halves = {name: weight.astype(np.float16) for name, weight in weights.items()}
+    halves = {
+        name: weight if weight.dtype == np.int64 else weight.astype(np.float16)
+        for name, weight in weights.items()
+    }
     variables = from_torch(halves, shapes_of(model, num_channels=1))
-    assert {leaf.dtype for leaf in jax.tree.leaves(variables)} == {np.dtype(np.float32)}
+    expected = shapes_of(model, num_channels=1)
+    assert jax.tree.map(lambda x: x.dtype, variables) == jax.tree.map(lambda x: x.dtype, expected)
+
+
+def test_counters_may_be_absent():
+    model = tiny_unet()
+    weights = random_state_dict(model, num_channels=1)
+    older = {name: w for name, w in weights.items() if not name.endswith("num_batches_tracked")}
+    got = to_torch(from_torch(older, shapes_of(model, num_channels=1)))
+    assert_same_weights({name: got[name] for name in older}, older)
+    assert {int(got[name]) for name in weights if name not in older} == {0}
 
 
 def test_a_mismatch_lists_both_sides():
@@ -329,7 +341,8 @@ def test_a_mismatch_lists_both_sides():
 
 def test_a_long_list_is_cut_short():
     shapes = shapes_of(tiny_unet(), num_channels=1)
-    num_names = len(jax.tree.leaves(shapes))
+    # Every name but those of the counters.
+    num_names = sum(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(shapes))
     with pytest.raises(InputError, match=rf"and {num_names - 8} more\. Unexpected: other\."):
         from_torch({"other": np.zeros(3)}, shapes)
 

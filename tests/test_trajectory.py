@@ -57,7 +57,8 @@ def recipe_variables(reference, model, dtype):
     state_dict = {key: recipe.fill(key, shape) for key, shape in shapes.items()}
     image = jax.ShapeDtypeStruct((1, 64, 64, 36, 1), jnp.float32)
     variables = from_torch(state_dict, jax.eval_shape(model.init, jax.random.key(0), image))
-    return jax.tree.map(lambda x: jnp.asarray(x, dtype), variables)
+    # Not the counters of batch normalisation, which are integers.
+    return jax.tree.map(lambda x: x.astype(dtype) if x.ndim else x, variables)
 
 
 def authors_loss(logits, labels, *, voxel_mask):
@@ -155,8 +156,10 @@ def test_six_float64_steps_end_in_their_network(golden, reference, x64):
 def test_float32_steps_are_theirs_within_the_noise_of_float32(golden, reference):
     columns, *_ = run(golden, reference, learning_rate=0.01, num_steps=6, dtype=jnp.float32)
     relative = np.abs(columns["loss"] / golden["lr0p01_f64_loss"] - 1)
-    # Torch against itself, float32 against float64, differs by up to 2.6e-4 in six steps. Here the
-    # second step keeps to that; later ones do not (4e-3), nor do native convolutions: the first
-    # gradient of this network, at batch 1, has 3 % of noise in float32, here as there.
+    # Torch against itself, float32 against float64, differs by up to 2.6e-4 in six steps, which
+    # is one draw: over images that differ in their last bit, the third step and later ones spread
+    # from 1e-4 to 4e-3, with XLA's own convolutions as with ours. The first gradient of this
+    # network, at batch 1, has a per cent of noise in float32.
     assert relative[0] < 1e-6
     assert relative[1] < 2.6e-4
+    assert np.all(relative < 1e-2)

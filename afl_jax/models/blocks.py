@@ -103,6 +103,8 @@ class BatchNorm(nn.Module):
         bias = self.param("bias", nn.initializers.zeros, features)
         running_mean = self.variable("batch_stats", "mean", jnp.zeros, features)
         running_var = self.variable("batch_stats", "var", jnp.ones, features)
+        # PyTorch counts, and so do weights that go back to it; nothing here reads it.
+        num_batches = self.variable("batch_stats", "num_batches_tracked", jnp.zeros, (), jnp.int32)
         # [N, C]: XLA on a CPU loses digits of a small mean over several axes.
         flat = x.reshape(-1, *features)
         flat = flat.astype(jnp.promote_types(x.dtype, jnp.float32))
@@ -118,6 +120,8 @@ class BatchNorm(nn.Module):
                 keep = self.momentum
                 running_mean.value = keep * running_mean.value + (1 - keep) * mean
                 running_var.value = keep * running_var.value + (1 - keep) * unbiased
+                # Not `+=`, which would change a NumPy array of the caller's.
+                num_batches.value = num_batches.value + 1
         else:
             mean, var = running_mean.value, running_var.value
         factor = scale * lax.rsqrt(var + self.epsilon)

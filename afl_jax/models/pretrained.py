@@ -36,7 +36,7 @@ _TO_TORCH_NAME = (
     (r"\.mean$", ".running_mean"),
     (r"\.var$", ".running_var"),
 )
-# PyTorch counts the batches of each BatchNorm; nothing here, nor its fixed momentum, reads it.
+# PyTorch's counters of the batches that each BatchNorm has seen: absent from older files.
 _COUNTER = "num_batches_tracked"
 # Under which a training script may keep the weights beside its optimiser and the like.
 _WRAPPERS = ("state_dict", "model_state_dict", "model")
@@ -60,8 +60,9 @@ def from_torch(
       channel i. For C = 1 it is the sum of all channels, which a grey image would see.
 
     Args:
-      state_dict: Arrays by name, such as `read_weights` gives. The counters of BatchNorm and the
-        classifier of a ResNet (``fc``) are ignored.
+      state_dict: Arrays by name, such as `read_weights` gives. The counters of BatchNorm
+        (``num_batches_tracked``) may be absent: they are 0 then. The classifier of a ResNet
+        (``fc``) is ignored.
       variables: The network's ``params`` and ``batch_stats``, as ``model.init`` gives them; or
         their shapes (``jax.eval_shape``), which only the weights of a whole network can fill.
       source: What error messages call the weights, such as the path of their file.
@@ -80,16 +81,13 @@ def from_torch(
     """
     leaves = flatten_dict(variables)
     paths = {_torch_name(path): path for path in leaves}
-    weights = {
-        name: np.asarray(weight)
-        for name, weight in _without_extras(state_dict).items()
-        if not name.endswith(_COUNTER)
-    }
+    weights = {name: np.asarray(weight) for name, weight in _without_extras(state_dict).items()}
     is_resnet = _RESNET_STEM in weights
     if is_resnet:
         prefix = "encoder."
         paths = {n.removeprefix(prefix): path for n, path in paths.items() if n.startswith(prefix)}
     shapes = {name: _torch_shape(leaves[path].shape) for name, path in paths.items()}
+    weights = {name: np.zeros((), np.int64) for name in paths if name.endswith(_COUNTER)} | weights
     if is_resnet:
         weights = {
             name: _adapted(name, weight, shapes.get(name, ())) for name, weight in weights.items()
@@ -114,17 +112,14 @@ def to_torch(variables: Variables) -> Weights:
       variables: ``params`` and ``batch_stats``.
 
     Returns:
-      Contiguous arrays by name, ready for ``load_state_dict`` of the same network. The counters of
-      BatchNorm, which nothing reads, are 0.
+      Contiguous arrays by name, ready for ``load_state_dict`` of the same network.
     """
     weights = {}
     for path, leaf in flatten_dict(variables).items():
         name = _torch_name(path)
+        weight = _to_torch_layout(np.asarray(leaf))
         # Contiguous: safetensors writes a buffer as it lies in memory, whatever its strides.
-        weights[name] = np.ascontiguousarray(_to_torch_layout(np.asarray(leaf)))
-        module, _, last = name.rpartition(".")
-        if last == "running_var":
-            weights[f"{module}.{_COUNTER}"] = np.zeros((), np.int64)
+        weights[name] = np.array(weight, np.int64 if name.endswith(_COUNTER) else None, order="C")
     return weights
 
 
