@@ -58,13 +58,14 @@ CONVOLUTIONS = {
 
 
 @pytest.mark.parametrize(
-    ("name", "max_im2col_voxels"),
-    [(name, 0) for name in CONVOLUTIONS]
+    ("name", "max_im2col_voxels", "avoid_ynnpack"),
+    [(name, 0, avoid) for name in CONVOLUTIONS for avoid in (True, False)]
     # 343 taps take long to compile one by one.
-    + [(name, 10**9) for name in CONVOLUTIONS if name != "first layer"],
+    + [(name, 10**9, False) for name in CONVOLUTIONS if name != "first layer"],
 )
-def test_a_convolution_is_the_native_one(x64, monkeypatch, name, max_im2col_voxels):
+def test_a_convolution_is_the_native_one(x64, monkeypatch, name, max_im2col_voxels, avoid_ynnpack):
     monkeypatch.setattr(blocks, "_MAX_IM2COL_VOXELS", max_im2col_voxels)
+    monkeypatch.setattr(blocks, "_AVOID_YNNPACK", avoid_ynnpack)
     spatial, taps, strides, c_in, c_out = CONVOLUTIONS[name]
     assert_same_function(
         lambda x, kernel: blocks.conv(x, kernel, strides=strides),

@@ -5,7 +5,8 @@ number of spatial axes is 2 or 3. Padding is explicit and symmetric, `taps // 2`
 
 XLA computes a 3D convolution well on GPU and TPU, but on a CPU it has fast code for 2D alone. So
 `conv` is chosen when the program is compiled: native elsewhere, and on a CPU rewritten as 2D
-convolutions and matrix products of the same value.
+convolutions and matrix products of the same value. Which of its two libraries then computes a 2D
+convolution, YNNPACK or Eigen, follows from its shape; see `_conv_2d`.
 """
 
 import functools
@@ -243,8 +244,23 @@ def _conv_native(x: jax.Array, kernel: jax.Array, *, strides: Ints, padding: Pad
 _MAX_IM2COL_VOXELS = 400
 _MAX_PHASE_KERNEL = 128 * 64
 _SLAB_BYTES = 12 * 2**20
-# XLA's fast 2D convolution wants more channels than 16 on one side.
-_MIN_FAST_CHANNELS = 24
+
+
+def _has_slow_ynnpack() -> bool:
+    """Whether this is an x86 CPU without AVX-512.
+
+    There Eigen computes the same convolution in half the time that YNNPACK takes; with AVX-512 it
+    is the other way round, and on other CPUs XLA's own choice is left alone.
+    """
+    extensions = np.show_config(mode="dicts")["SIMD Extensions"]
+    names = {*extensions.get("baseline", ()), *extensions.get("found", ())}
+    has_avx512 = any(name.startswith("AVX512") or name == "X86_V4" for name in names)
+    return not names.isdisjoint({"AVX2", "X86_V3"}) and not has_avx512
+
+
+_AVOID_YNNPACK = _has_slow_ynnpack()
+# YNNPACK wants more channels than 16 on one side; Eigen's products are blocks of 16 wide.
+_MIN_FAST_CHANNELS = 16 if _AVOID_YNNPACK else 24
 
 
 def _conv_cpu(x: jax.Array, kernel: jax.Array, *, strides: Ints, padding: Padding) -> jax.Array:
@@ -339,9 +355,20 @@ def _conv_unit(x: jax.Array, kernel: jax.Array, padding: Padding) -> jax.Array:
 
 
 def _conv_2d(x: jax.Array, kernel: jax.Array, padding: Padding) -> jax.Array:
+    """2D convolution of stride 1, by whichever of XLA's two libraries is the faster one here.
+
+    XLA leaves to Eigen a convolution whose output is larger than its unpadded input.
+    """
+    if _AVOID_YNNPACK:
+        axis = int(x.shape[2] > x.shape[1])
+        size, taps, (low, high) = x.shape[1 + axis], kernel.shape[axis], padding[axis]
+        wanted = size + low + high - taps + 1
+        high = max(high, taps - low)
+        padding = tuple((low, high) if i == axis else pad for i, pad in enumerate(padding))
+        y = _conv_native(x, kernel, strides=(1, 1), padding=padding)
+        return lax.slice_in_dim(y, 0, wanted, axis=1 + axis)
     if any(low + high >= k for k, (low, high) in zip(kernel.shape, padding, strict=False)):
-        # XLA would merge the padding into the convolution, whose output is then larger than its
-        # input: that one is slow. The barrier keeps them apart.
+        # XLA would merge the padding into the convolution. The barrier keeps them apart.
         x = lax.optimization_barrier(jnp.pad(x, ((0, 0), *padding, (0, 0))))
         padding = ((0, 0),) * 2
     return _conv_native(x, kernel, strides=(1, 1), padding=padding)
