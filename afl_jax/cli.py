@@ -108,7 +108,9 @@ def train(
     _check_config(config)
     _check_run_folder(out, config, resume=resume)
     # Whatever a mistake in the config could break comes before the first long work.
-    devices = parallel.select_devices(config.num_devices, batch_size=config.batch_size)
+    devices = parallel.select_devices(
+        config.num_devices, batch_size=config.batch_size // config.num_microbatches
+    )
     axis_name = parallel.axis_name(devices)
     model = _create_model(config, axis_name=axis_name)
     loss_fn = _create_loss(config.loss, num_classes=config.model.num_classes)
@@ -163,10 +165,10 @@ def train(
             augment_fn=functools.partial(augment.augment, **asdict(config.augment)),
             statistics_fn=_loss_statistics,
             axis_name=axis_name,
+            num_microbatches=config.num_microbatches,
         ),
         devices,
         donate_state=True,
-        num_replicated=1,
     )
     eval_step = parallel.compile_step(
         functools.partial(
@@ -177,7 +179,6 @@ def train(
             counts_fn=functools.partial(_count, num_classes=config.model.num_classes),
         ),
         devices,
-        num_replicated=0,
     )
 
     def validate(variables: Any) -> list[loop.Row]:
@@ -400,6 +401,11 @@ def _check_config(config: Config) -> None:
     rules = {
         "num_epochs": ("at least 1", config.num_epochs, config.num_epochs >= 1),
         "batch_size": ("at least 1", config.batch_size, config.batch_size >= 1),
+        "num_microbatches": (
+            f"a divisor of batch_size = {config.batch_size}",
+            config.num_microbatches,
+            config.num_microbatches >= 1 and config.batch_size % config.num_microbatches == 0,
+        ),
         "eval_every": ("at least 1", config.eval_every, config.eval_every >= 1),
         "seed": ("at least 0", config.seed, config.seed >= 0),
         "data.seed": ("at least 0", config.data.seed, config.data.seed >= 0),

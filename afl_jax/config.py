@@ -65,6 +65,8 @@ class ModelConfig:
     """Channels of the decoder's blocks, from the deepest up."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the network's computation; parameters, loss and statistics are float32."""
+    gradient_checkpointing: bool = False
+    """Compute the blocks again in the backward pass: less memory on a GPU or TPU, more time."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,6 +128,8 @@ class Config:
     """Passes over the training cases."""
     batch_size: int = 4
     """Cases a step, over all devices."""
+    num_microbatches: int = 1
+    """Parts in which a device takes its share of the batch, to save memory."""
     eval_every: int = 1
     """Epochs between two validations; the last epoch is always validated."""
     tensorboard: bool = False

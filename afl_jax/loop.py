@@ -147,7 +147,7 @@ def fit(
         InputError: If the loss of an epoch is not finite.
     """
     history = list(history)
-    state = parallel.replicate(state, devices)
+    state, key = parallel.replicate((state, key), devices)
     loss_column = TextColumn("loss {task.fields[loss]:.5f}")
     with reports.progress_bar(console, loss_column) as progress:
         done = len(history) * num_steps
@@ -162,7 +162,9 @@ def fit(
                 batch = next(batches)
                 wait += time.perf_counter() - before
                 batch = parallel.shard_batch(_device_fields(batch), devices)
-                state, output = train_step(state, batch, key)
+                # Whatever the step needs lies on the devices; the guard proves it.
+                with jax.transfer_guard("disallow"):
+                    state, output = train_step(state, batch, key)
                 outputs.append(output)
                 steps.append(output["loss"])
                 if len(steps) > 2:

@@ -51,16 +51,13 @@ def compile_step(
     devices: Sequence[jax.Device],
     *,
     donate_state: bool = False,
-    num_replicated: int = 1,
 ) -> Callable[..., Any]:
     """Compiles a step: by ``jax.jit`` for one device, by ``jax.pmap`` for several.
 
     Args:
-      step: Its first argument is the state, the second the batch; the rest is the same
-        everywhere.
+      step: Its first argument is the state, the second the batch; then others, replicated.
       devices: From `select_devices`.
       donate_state: Whether the memory of the state passed in is reused for the one returned.
-      num_replicated: Arguments behind the batch.
 
     Returns:
       The compiled step, to be called with what `replicate` and `shard_batch` return.
@@ -68,13 +65,7 @@ def compile_step(
     donate = (0,) if donate_state else ()
     if len(devices) == 1:
         return jax.jit(step, donate_argnums=donate)
-    return jax.pmap(
-        step,
-        axis_name=AXIS_NAME,
-        in_axes=(0, 0) + (None,) * num_replicated,
-        devices=devices,
-        donate_argnums=donate,
-    )
+    return jax.pmap(step, axis_name=AXIS_NAME, devices=devices, donate_argnums=donate)
 
 
 def axis_name(devices: Sequence[jax.Device]) -> str | None:

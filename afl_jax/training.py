@@ -186,6 +186,7 @@ def train_step(
     augment_fn: Callable[..., tuple[jax.Array, ...]] | None = None,
     statistics_fn: Callable[..., Mapping[str, jax.Array]] | None = None,
     axis_name: str | None = None,
+    num_microbatches: int = 1,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """One step of gradient descent on the mean loss of a batch.
 
@@ -198,27 +199,42 @@ def train_step(
       augment_fn: ``(key, image, labels, voxel_mask) -> the same three``, for one volume.
       statistics_fn: ``(labels, *, voxel_mask) -> {name: [B]}``, reported beside the loss.
       axis_name: Mapped axis over which gradients and metrics are averaged, or None.
+      num_microbatches: Parts of the batch that go through the network one after the other, whose
+        gradients are averaged: the memory of one, the step of all. Batch normalisation sees one
+        part at a time.
 
     Returns:
       The state after, and the metrics: ``loss``, ``gradient_norm`` and the means of the
       statistics, scalars.
+
+    Raises:
+      ValueError: If the number of microbatches does not divide the batch.
     """
     image, labels, voxel_mask = batch["image"], batch["labels"], batch["voxel_mask"]
     if augment_fn is not None:
         keys = sample_keys(key, batch["epoch"], batch["case_index"])
         image, labels, voxel_mask = jax.vmap(augment_fn)(keys, image, labels, voxel_mask)
 
-    def mean_loss(params: Any) -> tuple[jax.Array, Any]:
-        variables = {"params": params, "batch_stats": state.batch_stats}
+    def mean_loss(params: Any, batch_stats: Any, part: Any) -> tuple[jax.Array, Any]:
+        image, labels, voxel_mask = part
+        variables = {"params": params, "batch_stats": batch_stats}
         logits, updated = state.apply_fn(variables, image, train=True, mutable=["batch_stats"])
         loss = loss_fn(logits, labels, voxel_mask=voxel_mask).mean()
-        return loss, updated["batch_stats"]
+        metrics = {"loss": loss}
+        if statistics_fn is not None:
+            statistics = statistics_fn(labels, voxel_mask=voxel_mask)
+            metrics |= {name: value.mean() for name, value in statistics.items()}
+        return loss, (updated["batch_stats"], metrics)
 
-    (loss, batch_stats), gradients = jax.value_and_grad(mean_loss, has_aux=True)(state.params)
-    metrics = {"loss": loss}
-    if statistics_fn is not None:
-        statistics = statistics_fn(labels, voxel_mask=voxel_mask)
-        metrics |= {name: value.mean() for name, value in statistics.items()}
+    def gradients_of(batch_stats: Any, part: Any) -> tuple[Any, tuple[Any, Any]]:
+        gradients, (batch_stats, metrics) = jax.grad(mean_loss, has_aux=True)(
+            state.params, batch_stats, part
+        )
+        return batch_stats, (gradients, metrics)
+
+    batch_stats, (gradients, metrics) = _mean_over_microbatches(
+        gradients_of, state.batch_stats, (image, labels, voxel_mask), num_microbatches
+    )
     if axis_name is not None:
         gradients, metrics = jax.lax.pmean((gradients, metrics), axis_name)
     metrics["gradient_norm"] = optax.tree.norm(gradients)
@@ -230,6 +246,30 @@ def train_step(
         opt_state=opt_state,
     )
     return state, metrics
+
+
+def _mean_over_microbatches(
+    fn: Callable[[Any, Any], tuple[Any, Any]], carry: Any, batch: Any, num_microbatches: int
+) -> tuple[Any, Any]:
+    """``fn(carry, part) -> (carry, value)`` over equal parts of a batch; the mean of the values."""
+    if num_microbatches == 1:
+        return fn(carry, batch)
+    num_cases = len(jax.tree.leaves(batch)[0])
+    if num_cases % num_microbatches:
+        raise ValueError(
+            f"num_microbatches must divide the batch of {num_cases}, got {num_microbatches}."
+        )
+    parts = jax.tree.map(lambda x: x.reshape(num_microbatches, -1, *x.shape[1:]), batch)
+    _, shapes = jax.eval_shape(fn, carry, jax.tree.map(lambda x: x[0], parts))
+
+    def add(carry_and_total: Any, part: Any) -> tuple[Any, None]:
+        carry, total = carry_and_total
+        carry, value = fn(carry, part)
+        return (carry, jax.tree.map(jnp.add, total, value)), None
+
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    (carry, total), _ = jax.lax.scan(add, (carry, zeros), parts)
+    return carry, jax.tree.map(lambda x: x / num_microbatches, total)
 
 
 def eval_step(

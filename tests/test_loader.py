@@ -110,9 +110,10 @@ def test_the_order_follows_from_the_seed():
     assert orders(num_epochs=4, num_threads=0) == orders(num_epochs=4, num_threads=3)
 
 
-def test_without_a_number_of_epochs_the_stream_goes_on():
-    loader = create_loader(create_source(), batch_size=4, shuffle=True, num_epochs=None)
-    batches = list(itertools.islice(loader, 10))
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_without_a_number_of_epochs_the_stream_goes_on(batch_size):
+    loader = create_loader(create_source(), batch_size=batch_size, shuffle=True, num_epochs=None)
+    batches = list(itertools.islice(loader, 40 // batch_size))
     assert [row for batch in batches for row in batch["epoch"].tolist()] == [
         position // 5 for position in range(40)
     ]

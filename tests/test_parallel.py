@@ -38,7 +38,9 @@ def test_state_and_batch_make_the_round_trip(num_devices):
 
     compiled = parallel.compile_step(step, devices)
     state_after, output = compiled(
-        parallel.replicate(state, devices), parallel.shard_batch(batch, devices), 1.0
+        parallel.replicate(state, devices),
+        parallel.shard_batch(batch, devices),
+        parallel.replicate(1.0, devices),
     )
     np.testing.assert_array_equal(parallel.gather(output, devices)["y"], batch["x"] * 7 + 1)
     np.testing.assert_array_equal(parallel.unreplicate(state_after, devices)["w"], [0, 1, 2])
@@ -46,7 +48,7 @@ def test_state_and_batch_make_the_round_trip(num_devices):
 
 def test_a_compiled_step_takes_nothing_from_the_host():
     devices = parallel.select_devices(2, batch_size=4)
-    compiled = parallel.compile_step(lambda s, b: (s + b["x"].sum(), s), devices, num_replicated=0)
+    compiled = parallel.compile_step(lambda s, b: (s + b["x"].sum(), s), devices)
     state = parallel.replicate(jnp.float32(1.0), devices)
     batch = parallel.shard_batch({"x": np.ones((4, 2), np.float32)}, devices)
     state, _ = compiled(state, batch)

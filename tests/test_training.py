@@ -114,6 +114,29 @@ def test_frozen_modules_stay_as_they_are():
     np.testing.assert_allclose(updates["head"]["w"], -0.1, rtol=1e-5)
 
 
+def test_microbatches_take_the_step_of_the_whole_batch():
+    state, batch = linear_state(optax.sgd(0.1)), make_batch()
+    step = functools.partial(training.train_step, loss_fn=mean_square_loss)
+    want, want_metrics = jax.jit(step)(state, batch, jax.random.key(0))
+    for num_microbatches in (2, 4):
+        step_in_parts = functools.partial(step, num_microbatches=num_microbatches)
+        got, metrics = jax.jit(step_in_parts)(state, batch, jax.random.key(0))
+        np.testing.assert_allclose(got.params["w"], want.params["w"], rtol=1e-6)
+        for name, value in want_metrics.items():
+            np.testing.assert_allclose(metrics[name], value, rtol=1e-6)
+
+
+def test_microbatches_must_divide_the_batch():
+    with pytest.raises(ValueError, match="num_microbatches must divide the batch of 4, got 3"):
+        training.train_step(
+            linear_state(optax.sgd(0.1)),
+            make_batch(),
+            jax.random.key(0),
+            loss_fn=mean_square_loss,
+            num_microbatches=3,
+        )
+
+
 def test_a_step_is_gradient_descent_on_the_mean_over_volumes():
     batch = make_batch()
     state = linear_state(optax.sgd(0.1))
@@ -193,7 +216,7 @@ def run_steps(num_devices: int, num_steps: int = 3):
     axis_name = parallel.axis_name(devices)
     model = create_model("resnet18_unet", axis_name=axis_name, **TINY)
     variables = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 8, 8, 4, 1)))
-    variables = jax.tree.map(lambda x: x.astype(jnp.float64), variables)
+    variables = jax.tree.map(lambda x: x.astype(jnp.float64) if x.ndim else x, variables)
     state = training.create_train_state(
         model.apply, variables, training.create_optimizer("sgd", learning_rate=0.1)
     )
@@ -207,21 +230,23 @@ def run_steps(num_devices: int, num_steps: int = 3):
         )
 
     step = parallel.compile_step(counted_step, devices, donate_state=True)
-    state, key = parallel.replicate(state, devices), jax.random.key(1)
+    state, key = parallel.replicate((state, jax.random.key(1)), devices)
     losses = []
     for i in range(num_steps):
-        batch = make_batch(seed=i) | {"epoch": np.full(4, i, np.int32)}
+        batch = make_batch(8, seed=i) | {"epoch": np.full(8, i, np.int32)}
         batch["image"] = batch["image"].astype(np.float64)
-        state, metrics = step(state, parallel.shard_batch(batch, devices), key)
+        batch = parallel.shard_batch(batch, devices)
+        with jax.transfer_guard("disallow" if i else "allow"):
+            state, metrics = step(state, batch, key)
         losses.append(np.asarray(metrics["loss"]).flat[0])
     assert num_traces == 1
     return np.array(losses), jax.device_get(parallel.unreplicate(state, devices).variables)
 
 
-def test_one_two_and_four_devices_take_the_same_steps(x64):
+def test_one_and_several_devices_take_the_same_steps(x64):
     losses, variables = run_steps(1)
     assert len(set(losses)) == 3
-    for num_devices in (2, 4):
+    for num_devices in (2, 4, 8):
         other_losses, other_variables = run_steps(num_devices)
         np.testing.assert_allclose(other_losses, losses, rtol=1e-9)
         jax.tree.map(

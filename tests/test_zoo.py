@@ -205,6 +205,31 @@ def test_synchronised_statistics_are_those_of_the_whole_batch(x64, tiny_variable
         np.testing.assert_allclose(got, np.stack([want, want]), rtol=0, atol=1e-10)
 
 
+def test_gradient_checkpointing_stores_less_for_the_same_gradient(x64, tiny_variables):
+    image = random_image(1, 64, 64, 3)
+    variables = jax.tree.map(
+        lambda x: np.asarray(x, np.float64 if x.ndim else x.dtype), tiny_variables
+    )
+
+    def run(*, gradient_checkpointing):
+        model = create_model("resnet18_unet", **TINY, gradient_checkpointing=gradient_checkpointing)
+
+        def loss_fn(params):
+            logits, updated = model.apply(
+                {**variables, "params": params}, image, train=True, mutable=["batch_stats"]
+            )
+            return jnp.square(logits).mean(), updated
+
+        stored = jax.eval_shape(lambda params: jax.vjp(loss_fn, params)[1], variables["params"])
+        num_bytes = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(stored))
+        return num_bytes, jax.jit(jax.grad(loss_fn, has_aux=True))(variables["params"])
+
+    (stored, want), (checkpointed, got) = (run(gradient_checkpointing=c) for c in (False, True))
+    assert checkpointed < stored / 2
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-9 * max(np.abs(b).max(), 1e-9))
+
+
 @pytest.mark.gpu
 def test_a_gpu_computes_what_a_cpu_does():
     model = create_model("resnet18_unet", **TINY)

@@ -128,7 +128,8 @@ def create_loader(
     batches = (
         cases.repeat(num_epochs)
         .map_with_index(locate)
-        .batch(batch_size, drop_remainder=False)
+        # Without an end nothing remains; and grain rounds that length up, in float, too far.
+        .batch(batch_size, drop_remainder=num_epochs is None)
         .map(read_batch)
     )
     # grain's own default reads 500 elements ahead, which here are batches of volumes.

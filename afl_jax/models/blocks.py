@@ -129,6 +129,25 @@ class BatchNorm(nn.Module):
         return (flat * factor[None] + (bias - mean * factor)[None]).astype(x.dtype).reshape(x.shape)
 
 
+def run_block(
+    block: nn.Module, *inputs: jax.Array | None, train: bool, gradient_checkpointing: bool
+) -> jax.Array:
+    """Calls a block of layers, storing all of its activations for the backward pass or none.
+
+    Args:
+      block: Called as ``block(*inputs, train=train)``.
+      *inputs: What is stored in any case.
+      train: As the block takes it.
+      gradient_checkpointing: Whether the backward pass computes the block again.
+
+    Returns:
+      The output of the block.
+    """
+    if not gradient_checkpointing:
+        return block(*inputs, train=train)
+    return nn.remat(lambda block, *inputs: block(*inputs, train=train))(block, *inputs)
+
+
 def max_pool(x: jax.Array, *, window: Ints, strides: Ints) -> jax.Array:
     """Maximum over a window, padded by half of it on both sides with minus infinity.
 

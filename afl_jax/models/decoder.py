@@ -10,7 +10,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 
-from afl_jax.models.blocks import BatchNorm, Conv, Ints, UpsampleConcatConv
+from afl_jax.models.blocks import BatchNorm, Conv, Ints, UpsampleConcatConv, run_block
 
 
 class DecoderBlock(nn.Module):
@@ -45,12 +45,14 @@ class UNetDecoder(nn.Module):
       strides: The encoder's; a block undoes one of them.
       axis_name: Mapped axis of synchronised batch normalisation, or None.
       dtype: Computation dtype.
+      gradient_checkpointing: Whether blocks are computed again in the backward pass.
     """
 
     features: Ints
     strides: tuple[Ints, ...]
     axis_name: str | None = None
     dtype: Any = None
+    gradient_checkpointing: bool = False
 
     @nn.compact
     def __call__(self, pyramid: Sequence[jax.Array], *, train: bool = False) -> jax.Array:
@@ -59,5 +61,7 @@ class UNetDecoder(nn.Module):
         levels = zip(self.features, self.strides[::-1], [*skips[::-1], None], strict=True)
         for i, (features, scale, skip) in enumerate(levels):
             block = DecoderBlock(features, scale, self.axis_name, self.dtype, name=f"block{i}")
-            x = block(x, skip, train=train)
+            x = run_block(
+                block, x, skip, train=train, gradient_checkpointing=self.gradient_checkpointing
+            )
         return x

@@ -9,7 +9,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 
-from afl_jax.models.blocks import BatchNorm, Conv, Ints, max_pool
+from afl_jax.models.blocks import BatchNorm, Conv, Ints, max_pool, run_block
 
 # depth -> (blocks in each of the four stages, whether a block is a bottleneck)
 STAGES: dict[int, tuple[Ints, bool]] = {
@@ -96,6 +96,7 @@ class ResNetEncoder(nn.Module):
         times that at their ends where blocks are bottlenecks).
       axis_name: Mapped axis of synchronised batch normalisation, or None.
       dtype: Computation dtype.
+      gradient_checkpointing: Whether blocks are computed again in the backward pass.
     """
 
     depth: int
@@ -103,6 +104,7 @@ class ResNetEncoder(nn.Module):
     width: int = 64
     axis_name: str | None = None
     dtype: Any = None
+    gradient_checkpointing: bool = False
 
     @nn.compact
     def __call__(self, image: jax.Array, *, train: bool = False) -> tuple[jax.Array, ...]:
@@ -121,12 +123,15 @@ class ResNetEncoder(nn.Module):
             zip(num_blocks, (unit, *self.strides[2:]), strict=True)
         ):
             for i in range(count):
-                x = block(
+                layer = block(
                     features=self.width * 2**stage,
                     strides=strides if i == 0 else unit,
                     axis_name=self.axis_name,
                     dtype=self.dtype,
                     name=f"layer{stage + 1}_{i}",
-                )(x, train=train)
+                )
+                x = run_block(
+                    layer, x, train=train, gradient_checkpointing=self.gradient_checkpointing
+                )
             features.append(x)
         return tuple(features)

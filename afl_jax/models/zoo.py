@@ -30,6 +30,9 @@ class ResNetUNet(nn.Module):
       decoder_features: Channels of the five decoder blocks, from the deepest up.
       axis_name: Mapped axis over which batch normalisation is synchronised in training, or None.
       dtype: Computation dtype, such as bfloat16; parameters and logits are float32 all the same.
+      gradient_checkpointing: Whether the blocks of the encoder and the decoder are computed again
+        in the backward pass, in place of storing their activations: less memory, more time. On a
+        CPU, XLA computes them again early, and its plan needs no less memory.
 
     References:
       The authors' network: Islam et al., 2024, https://arxiv.org/abs/2407.09828
@@ -42,6 +45,7 @@ class ResNetUNet(nn.Module):
     decoder_features: Ints = (256, 128, 64, 32, 16)
     axis_name: str | None = None
     dtype: Any = None
+    gradient_checkpointing: bool = False
 
     @nn.compact
     def __call__(self, image: jax.Array, *, train: bool = False) -> jax.Array:
@@ -58,12 +62,15 @@ class ResNetUNet(nn.Module):
           ValueError: If the image has another number of axes, or a size that is not divisible.
         """
         check_image_shape(image.shape, strides=self.strides)
-        pyramid = ResNetEncoder(
-            self.depth, self.strides, self.width, self.axis_name, self.dtype, name="encoder"
-        )(image, train=train)
-        x = UNetDecoder(
-            self.decoder_features, self.strides, self.axis_name, self.dtype, name="decoder"
-        )(pyramid, train=train)
+        options = {
+            "strides": self.strides,
+            "axis_name": self.axis_name,
+            "dtype": self.dtype,
+            "gradient_checkpointing": self.gradient_checkpointing,
+        }
+        encoder = ResNetEncoder(depth=self.depth, width=self.width, **options, name="encoder")
+        decoder = UNetDecoder(features=self.decoder_features, **options, name="decoder")
+        x = decoder(encoder(image, train=train), train=train)
         wide = (3,) * len(self.strides[0])
         logits = Conv(self.num_classes, wide, use_bias=True, dtype=self.dtype, name="head")(x)
         return logits.astype(jnp.promote_types(logits.dtype, jnp.float32))

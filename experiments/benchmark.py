@@ -1,0 +1,404 @@
+"""Speed and memory of training, inference, loss and input, beside PyTorch if asked.
+
+Claim: the step and the inference of the paper's PI-CAI configuration take at most 1.3 times as
+long as PyTorch's on a CPU, and the loss with its statistics at most half as long as MONAI's focal
+loss with statistics on the host.
+
+    python -m experiments.benchmark --peer torch --out benchmark.md
+
+Ours and theirs take turns in one process; a ratio is the median of the ratios of the turns, with
+the lowest and the highest. FLOPs are those of the network as written (native convolutions), by
+XLA's cost analysis, the same for both; the peak is that of a product of two square matrices,
+measured here. Memory is what XLA plans for the step: state, batch and temporaries.
+
+It needs jax, flax, optax and numpy alone; PyTorch and MONAI for the peer
+(``pip install torch monai``), the whole of afl_jax for the input pipeline. Cost on two CPU cores
+with ``--peer torch``: about 15 minutes.
+"""
+
+import argparse
+import dataclasses
+import functools
+import importlib.util
+import os
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from afl_jax import adaptive_focal_loss, create_model, parallel, training
+from afl_jax.models.zoo import BRATS_STRIDES, PICAI_STRIDES
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup:
+    """A network and the batch that it is timed on."""
+
+    batch_size: int
+    spatial: tuple[int, int, int]
+    num_channels: int
+    strides: tuple[tuple[int, int, int], ...]
+    depth: int = 50
+    width: int = 64
+    decoder_features: tuple[int, ...] = (256, 128, 64, 32, 16)
+
+
+_PHANTOM_STRIDES = ((2, 2, 1), (2, 2, 2), (2, 2, 2), (2, 2, 2), (1, 1, 1))
+SETUPS = {
+    # The paper's two.
+    "picai": Setup(1, (160, 128, 24), 3, PICAI_STRIDES),
+    "brats": Setup(1, (224, 224, 144), 4, BRATS_STRIDES),
+    # The README's phantom, and MSD hippocampus at half width.
+    "phantom": Setup(4, (32, 32, 16), 1, _PHANTOM_STRIDES),
+    "hippocampus": Setup(
+        2, (48, 64, 48), 1, BRATS_STRIDES, width=32, decoder_features=(128, 64, 32, 16, 16)
+    ),
+    # Networks small enough to compare losses on two cores.
+    "small_phantom": Setup(
+        4, (32, 32, 16), 1, _PHANTOM_STRIDES, 18, width=16, decoder_features=(64, 32, 16, 16, 8)
+    ),
+    "small_hippocampus": Setup(
+        2, (48, 64, 48), 1, BRATS_STRIDES, 18, width=16, decoder_features=(64, 32, 16, 16, 8)
+    ),
+}
+LOSS_SHAPES = ((160, 128, 24), (224, 224, 144))
+SECTIONS = ("step", "loss", "pipeline")
+
+Row = dict[str, str]
+Step = Callable[[], None]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs what the arguments ask for, prints its tables, and writes them as Markdown."""
+    options = _parse(arguments)
+    peak = measure_peak(options.dtype)
+    parts = [
+        f"{_device_name()}; JAX {jax.__version__}; {options.dtype}; matrix products reach "
+        f"{peak / 1e9:.0f} GFLOP/s; medians of {options.rounds} rounds."
+    ]
+    print(parts[0], flush=True)
+    for section in options.sections:
+        if section == "step":
+            rows = [
+                row
+                for name in options.setups
+                for batch_size in options.batch_sizes or [SETUPS[name].batch_size]
+                for row in bench_network(name, batch_size, options=options, peak=peak)
+            ]
+        elif section == "loss":
+            rows = [bench_loss(shape, options=options) for shape in LOSS_SHAPES]
+        elif importlib.util.find_spec("grain") is None:
+            print("input pipeline: left out, it needs the whole of afl_jax (grain).")
+            continue
+        else:
+            rows = [bench_pipeline(options=options)]
+        parts.append(_markdown(rows))
+        print("\n" + parts[-1], flush=True)
+    if options.out is not None:
+        partial = options.out.with_name(options.out.name + ".partial")
+        partial.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+        partial.replace(options.out)
+
+
+def bench_network(
+    name: str, batch_size: int, *, options: argparse.Namespace, peak: float
+) -> list[Row]:
+    """A row for the training step and one for inference.
+
+    Args:
+      name: One of `SETUPS`.
+      batch_size: Cases, over all devices.
+      options: Of the command line.
+      peak: FLOP/s of a matrix product.
+
+    Returns:
+      Two rows of a table.
+    """
+    setup = SETUPS[name]
+    devices = parallel.select_devices(options.num_devices, batch_size=batch_size)
+    axis_name = parallel.axis_name(devices)
+    rng = np.random.default_rng(0)
+    image = rng.standard_normal((batch_size, *setup.spatial, setup.num_channels), np.float32)
+    labels = (rng.random(image.shape[:-1]) < 0.02).astype(np.uint8)
+    batch = {
+        "image": image,
+        "labels": labels,
+        "voxel_mask": np.ones(labels.shape, bool),
+        "epoch": np.zeros(batch_size, np.int32),
+        "case_index": np.arange(batch_size, dtype=np.int32),
+    }
+    model = create_model(
+        f"resnet{setup.depth}_unet",
+        num_classes=2,
+        strides=setup.strides,
+        width=setup.width,
+        decoder_features=setup.decoder_features,
+        axis_name=axis_name,
+        dtype=jnp.bfloat16 if options.dtype == "bfloat16" else None,
+        gradient_checkpointing=options.gradient_checkpointing,
+    )
+    optimizer = training.create_optimizer("sgd", learning_rate=1e-3, weight_decay=1e-5)
+
+    @jax.jit
+    def create_state(key: jax.Array) -> training.TrainState:
+        return training.create_train_state(model.apply, model.init(key, image[:1]), optimizer)
+
+    train_step = functools.partial(
+        training.train_step, loss_fn=adaptive_focal_loss, axis_name=axis_name
+    )
+    infer = functools.partial(model.apply, train=False)
+
+    state, key = parallel.replicate((create_state(jax.random.key(0)), jax.random.key(1)), devices)
+    batch = parallel.shard_batch(batch, devices)
+    step, compile_s = _compile(
+        parallel.compile_step(train_step, devices, donate_state=True), state, batch, key
+    )
+    variables = jax.tree.map(jnp.copy, state.variables)
+    predict, predict_compile_s = _compile(
+        parallel.compile_step(infer, devices), variables, batch["image"]
+    )
+
+    def run_step() -> None:
+        nonlocal state
+        state, metrics = step(state, batch, key)
+        jax.block_until_ready(metrics)
+
+    runs: dict[str, Step] = {
+        "step": run_step,
+        "inference": lambda: jax.block_until_ready(predict(variables, batch["image"])),
+    }
+    if options.peer == "torch":
+        from experiments import torch_peer
+
+        runs["peer step"], runs["peer inference"] = torch_peer.create_steps(
+            image,
+            labels,
+            bfloat16=options.dtype == "bfloat16",
+            learning_rate=1e-3,
+            depth=setup.depth,
+            strides=setup.strides,
+            width=setup.width,
+            decoder_features=setup.decoder_features,
+            num_classes=2,
+        )
+    seconds = alternate(runs, options.rounds)
+    # Of the whole batch on one device, whatever the number of devices.
+    whole = jax.eval_shape(create_state, jax.random.key(0))
+    whole_batch = parallel.shard_batch(jax.device_get(parallel.gather(batch, devices)), devices[:1])
+    train_flops = count_flops(
+        functools.partial(train_step, axis_name=None), whole, whole_batch, key
+    )
+    infer_flops = count_flops(infer, whole.variables, whole_batch["image"])
+    rows = []
+    for kind, program, compiling, flops in (
+        ("step", step, compile_s, train_flops),
+        ("inference", predict, predict_compile_s, infer_flops),
+    ):
+        median = np.median(seconds[kind])
+        row = {
+            "network": name,
+            "batch": str(batch_size),
+            "devices": str(len(devices)),
+            "program": "training step" if kind == "step" else kind,
+            "seconds": f"{median:.3f}",
+            "GFLOP": f"{flops / 1e9:.0f}" if flops else "?",
+            "share of peak": f"{flops / median / peak / len(devices):.0%}" if flops else "?",
+            "compilation, s": f"{compiling:.0f}",
+            "memory, GB": _planned_memory(program),
+        }
+        if options.peer is not None:
+            row |= _compared(seconds[kind], seconds[f"peer {kind}"])
+        rows.append(row)
+    return rows
+
+
+def bench_loss(shape: tuple[int, int, int], *, options: argparse.Namespace) -> Row:
+    """The adaptive focal loss with its statistics, value and gradient.
+
+    Args:
+      shape: Voxels of the volume, with a ball of radius 12 as its lesion.
+      options: Of the command line.
+
+    Returns:
+      A row of a table.
+    """
+    logits = np.random.default_rng(0).standard_normal((1, *shape, 2), np.float32)
+    offsets = np.indices(shape) - np.reshape(shape, (3, 1, 1, 1)) // 2
+    labels = (np.square(offsets).sum(axis=0) < 12**2)[None].astype(np.uint8)
+    value_and_grad = jax.jit(
+        jax.value_and_grad(lambda logits, labels: adaptive_focal_loss(logits, labels).mean())
+    )
+    on_device = jax.device_put((logits, labels))
+    runs: dict[str, Step] = {"loss": lambda: jax.block_until_ready(value_and_grad(*on_device))}
+    if options.peer == "torch":
+        from experiments import torch_peer
+
+        runs["peer"] = torch_peer.create_loss(logits, labels)
+    seconds = alternate(runs, options.rounds)
+    row = {
+        "loss": "A-FL, value and gradient",
+        "volume": " x ".join(map(str, shape)),
+        "seconds": f"{np.median(seconds['loss']):.4f}",
+    }
+    return row | (_compared(seconds["loss"], seconds["peer"]) if options.peer else {})
+
+
+def bench_pipeline(*, options: argparse.Namespace) -> Row:
+    """Volumes a second from prepared records to batches, at the grid of the PI-CAI recipe.
+
+    Args:
+      options: Of the command line.
+
+    Returns:
+      A row of a table.
+    """
+    from afl_jax.data import loader
+
+    shape, num_cases = SETUPS["picai"].spatial, 16
+    with tempfile.TemporaryDirectory() as folder:
+        start = time.perf_counter()
+        builder = loader.prepare(
+            "phantom",
+            data_dir=folder,
+            num_workers=os.cpu_count() or 1,
+            shape=shape,
+            num_train=num_cases,
+            num_val=1,
+        )
+        prepare_s = time.perf_counter() - start
+        batches = loader.create_loader(
+            builder.as_data_source("train"), batch_size=1, shuffle=True, num_epochs=None
+        )
+        read = functools.partial(_read, batches, num_cases)
+        seconds = alternate({"read": read}, options.rounds)["read"]
+    return {
+        "input pipeline": "phantom, " + " x ".join(map(str, shape)),
+        "prepared, volumes/s": f"{(num_cases + 1) / prepare_s:.1f}",
+        "read, volumes/s": f"{num_cases / np.median(seconds):.0f}",
+    }
+
+
+def alternate(runs: dict[str, Step], rounds: int) -> dict[str, np.ndarray]:
+    """Times functions in turn, so that what slows the machine down slows all of them.
+
+    Args:
+      runs: Functions that return when their work is done; each is called once before.
+      rounds: Turns of each.
+
+    Returns:
+      Seconds of each turn.
+    """
+    for run in runs.values():
+        run()
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(rounds):
+        for name, run in runs.items():
+            start = time.perf_counter()
+            run()
+            seconds[name].append(time.perf_counter() - start)
+    return {name: np.array(values) for name, values in seconds.items()}
+
+
+def measure_peak(dtype: str) -> float:
+    """FLOP/s of the product of two square matrices, the best of ten.
+
+    Args:
+      dtype: Of the matrices.
+
+    Returns:
+      FLOP/s.
+    """
+    size = 2048 if jax.default_backend() == "cpu" else 8192
+    matrix = jnp.ones((size, size), dtype)
+    product = jax.jit(jnp.matmul)
+    run = lambda: jax.block_until_ready(product(matrix, matrix))  # noqa: E731
+    return 2 * size**3 / alternate({"product": run}, 10)["product"].min()
+
+
+def count_flops(fn: Callable[..., Any], *args: Any) -> float | None:
+    """FLOPs of a function with native convolutions, by XLA's cost analysis.
+
+    Args:
+      fn: The function.
+      *args: Its arguments, or their shapes.
+
+    Returns:
+      FLOPs; None where XLA gives none.
+    """
+    # Lowered for a GPU, the convolutions are as written; that needs no GPU.
+    lowered = jax.jit(fn).trace(*args).lower(lowering_platforms=("cuda",))
+    return (lowered.cost_analysis() or {}).get("flops")
+
+
+def _read(batches: Any, count: int) -> None:
+    for _ in range(count):
+        next(batches)
+
+
+def _compile(fn: Any, *args: Any) -> tuple[Any, float]:
+    start = time.perf_counter()
+    compiled = fn.lower(*args).compile()
+    return compiled, time.perf_counter() - start
+
+
+def _planned_memory(program: Any) -> str:
+    plan = program.memory_analysis()
+    if plan is None:
+        return "?"
+    total = plan.argument_size_in_bytes + plan.output_size_in_bytes + plan.temp_size_in_bytes
+    return f"{(total - plan.alias_size_in_bytes) / 1e9:.2f}"
+
+
+def _compared(ours: np.ndarray, theirs: np.ndarray) -> Row:
+    ratios = ours / theirs
+    return {
+        "PyTorch, s": f"{np.median(theirs):.4g}",
+        "ratio": f"{np.median(ratios):.2f} ({ratios.min():.2f} to {ratios.max():.2f})",
+    }
+
+
+def _device_name() -> str:
+    device = jax.devices()[0]
+    if device.platform != "cpu":
+        return f"{len(jax.devices())} x {device.device_kind}"
+    extensions = np.show_config(mode="dicts")["SIMD Extensions"].get("found", ["?"])
+    return f"CPU with {os.cpu_count()} cores ({extensions[-1]})"
+
+
+def _markdown(rows: Sequence[Row]) -> str:
+    names = list(rows[0])
+    lines = [names, ["---"] * len(names), *([row[name] for name in names] for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m experiments.benchmark", description=__doc__.splitlines()[0]
+    )
+    parser.add_argument("--sections", nargs="+", choices=SECTIONS, default=SECTIONS)
+    parser.add_argument("--setups", nargs="+", choices=SETUPS, metavar="SETUP",
+                        default=[name for name in SETUPS if name != "brats"],
+                        help=f"of {', '.join(SETUPS)}; all but brats by default")  # fmt: skip
+    parser.add_argument("--batch-sizes", nargs="+", type=int, help="in place of each setup's own")
+    parser.add_argument("--num-devices", type=int, help="as many as divide the batch by default")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--gradient-checkpointing", action="store_true")
+    parser.add_argument("--peer", choices=("torch",), help="run PyTorch in turn")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--out", type=Path, help="Markdown file to write")
+    options = parser.parse_args(arguments)
+    if options.rounds < 1 or min(options.batch_sizes or [1]) < 1:
+        parser.error("--rounds and --batch-sizes must be at least 1.")
+    missing = [name for name in ("torch", "monai") if importlib.util.find_spec(name) is None]
+    if options.peer and missing:
+        parser.error(f"--peer torch needs {' and '.join(missing)}: pip install torch monai")
+    return options
+
+
+if __name__ == "__main__":
+    main()
