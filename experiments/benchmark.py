@@ -21,6 +21,7 @@ import dataclasses
 import functools
 import importlib.util
 import os
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -120,6 +121,7 @@ def bench_network(
       Two rows of a table.
     """
     setup = SETUPS[name]
+    print(f"compiling and timing {name}, batch {batch_size}", file=sys.stderr, flush=True)
     devices = parallel.select_devices(options.num_devices, batch_size=batch_size)
     axis_name = parallel.axis_name(devices)
     rng = np.random.default_rng(0)

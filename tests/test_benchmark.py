@@ -1,0 +1,79 @@
+"""The benchmark script: its arithmetic and its arguments. How fast anything is, no test says."""
+
+import argparse
+import importlib.util
+import re
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+PATH = Path(__file__).parent.parent / "experiments" / "benchmark.py"
+
+
+@pytest.fixture(scope="module")
+def benchmark():
+    # Experiments are no part of the package that is installed.
+    spec = importlib.util.spec_from_file_location("benchmark", PATH)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_flops_are_counted_without_compiling(benchmark):
+    flops = benchmark.count_flops(jnp.matmul, jnp.ones((8, 16)), jnp.ones((16, 4)))
+    assert flops == 2 * 8 * 16 * 4
+
+
+def test_runs_take_turns_after_one_of_each(benchmark):
+    order = []
+    seconds = benchmark.alternate(
+        {"a": lambda: order.append("a"), "b": lambda: order.append("b")}, 2
+    )
+    assert order == ["a", "b"] * 3
+    assert {name: times.shape for name, times in seconds.items()} == {"a": (2,), "b": (2,)}
+
+
+def test_a_ratio_is_the_median_over_the_turns(benchmark):
+    row = benchmark._compared(np.array([1.0, 2.0, 9.0]), np.array([2.0, 2.0, 3.0]))
+    assert row == {"PyTorch, s": "2", "ratio": "1.00 (0.50 to 3.00)"}
+
+
+def test_the_loss_gives_a_row(benchmark):
+    row = benchmark.bench_loss((16, 16, 8), options=argparse.Namespace(rounds=1, peer=None))
+    assert row["volume"] == "16 x 16 x 8"
+    assert float(row["seconds"]) > 0
+
+
+@pytest.mark.slow
+def test_the_script_writes_its_tables(benchmark, tmp_path, capsys):
+    out = tmp_path / "benchmark.md"
+    arguments = ["--setups", "small_phantom", "--rounds", "1", "--out", str(out)]
+    benchmark.main([*arguments, "--sections", "step", "pipeline"])
+    text = out.read_text()
+    assert re.search(r"\| small_phantom \| 4 \| 4 \| training step \| \d+\.\d+ \|", text)
+    assert re.search(r"\| phantom, 160 x 128 x 24 \| \d+\.\d \| \d+ \|", text)
+    assert all(line in capsys.readouterr().out for line in text.splitlines()[:1])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--setups", "prostate"], "invalid choice: 'prostate'"),
+        (["--rounds", "0"], "--rounds and --batch-sizes must be at least 1"),
+        (["--peer", "jax"], "invalid choice: 'jax'"),
+    ],
+)
+def test_bad_arguments_end_with_code_2(benchmark, arguments, message, capsys):
+    with pytest.raises(SystemExit) as error:
+        benchmark.main(arguments)
+    assert error.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_missing_peer_is_named(benchmark, monkeypatch, capsys):
+    monkeypatch.setattr(benchmark.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit):
+        benchmark.main(["--peer", "torch"])
+    assert "--peer torch needs torch and monai: pip install torch monai" in capsys.readouterr().err
