@@ -127,23 +127,24 @@ def bench_network(
     rng = np.random.default_rng(0)
     image = rng.standard_normal((batch_size, *setup.spatial, setup.num_channels), np.float32)
     labels = (rng.random(image.shape[:-1]) < 0.02).astype(np.uint8)
-    batch = {
+    host_batch = {
         "image": image,
         "labels": labels,
         "voxel_mask": np.ones(labels.shape, bool),
         "epoch": np.zeros(batch_size, np.int32),
         "case_index": np.arange(batch_size, dtype=np.int32),
     }
-    model = create_model(
+    create = functools.partial(
+        create_model,
         f"resnet{setup.depth}_unet",
         num_classes=2,
         strides=setup.strides,
         width=setup.width,
         decoder_features=setup.decoder_features,
-        axis_name=axis_name,
         dtype=jnp.bfloat16 if options.dtype == "bfloat16" else None,
         gradient_checkpointing=options.gradient_checkpointing,
     )
+    model = create(axis_name=axis_name)
     optimizer = training.create_optimizer("sgd", learning_rate=1e-3, weight_decay=1e-5)
 
     @jax.jit
@@ -156,7 +157,7 @@ def bench_network(
     infer = functools.partial(model.apply, train=False)
 
     state, key = parallel.replicate((create_state(jax.random.key(0)), jax.random.key(1)), devices)
-    batch = parallel.shard_batch(batch, devices)
+    batch = parallel.shard_batch(host_batch, devices)
     step, compile_s = _compile(
         parallel.compile_step(train_step, devices, donate_state=True), state, batch, key
     )
@@ -189,13 +190,16 @@ def bench_network(
             num_classes=2,
         )
     seconds = alternate(runs, options.rounds)
-    # Of the whole batch on one device, whatever the number of devices.
-    whole = jax.eval_shape(create_state, jax.random.key(0))
-    whole_batch = parallel.shard_batch(jax.device_get(parallel.gather(batch, devices)), devices[:1])
+    # Counted for the whole batch on one device, whatever the number of devices.
+    alone = create().apply
+    whole_state = jax.eval_shape(create_state, jax.random.key(0)).replace(apply_fn=alone)
     train_flops = count_flops(
-        functools.partial(train_step, axis_name=None), whole, whole_batch, key
+        functools.partial(training.train_step, loss_fn=adaptive_focal_loss),
+        whole_state,
+        host_batch,
+        jax.random.key(1),
     )
-    infer_flops = count_flops(infer, whole.variables, whole_batch["image"])
+    infer_flops = count_flops(functools.partial(alone, train=False), whole_state.variables, image)
     rows = []
     for kind, program, compiling, flops in (
         ("step", step, compile_s, train_flops),
