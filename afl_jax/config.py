@@ -22,23 +22,41 @@ class DataConfig:
     """Which data set, and how its cases are prepared."""
 
     name: str = "phantom"
-    """Builder of the data set: phantom or folder."""
+    """Builder of the data set: phantom, folder, picai2022 or brats2018."""
     source: str | None = None
-    """Folder of the raw data: with dataset.json, imagesTr and labelsTr (folder only)."""
+    """Folder of the raw data (not for the phantom)."""
     data_dir: str = "data"
     """Where prepared data sets are kept; made if it does not exist."""
     shape: tuple[int, int, int] = (32, 32, 16)
     """Grid in voxels, x y z, to which a volume is cropped or padded."""
     spacing: tuple[float, float, float] | None = None
     """Voxel size in mm, x y z, to which a volume is resampled; its own if None."""
+    resize: bool | None = None
+    """Stretch a whole volume to the shape, in place of cropping or padding it."""
+    patch_shape: tuple[int, int, int] | None = None
+    """Voxels of the random crop that the network is trained on; all of the shape if None."""
     normalisation: Literal["zscore_nonzero", "zscore", "none"] | None = None
-    """Of the intensities of each channel; zscore_nonzero if None (folder only)."""
+    """Of the intensities of each channel; zscore_nonzero if None."""
+    clip_percentiles: tuple[float, float] | None = None
+    """To which the intensities of each channel are clipped first, e.g. 0.5 99.5 (picai2022)."""
     label_map: tuple[tuple[int, int], ...] | None = None
     """Pairs of label in the file and class, e.g. 0 0 1 1 2 1; each its own class if None."""
     num_train: int | None = None
     """Cases to train on (phantom only)."""
     num_val: int | None = None
     """Cases to validate on; the builder's default if None."""
+    fold: int | None = None
+    """Official fold to test on, from 0 to 4 (picai2022)."""
+    labels: Literal["human_expert", "human_expert+Pooch25", "Bosma22a"] | None = None
+    """Whose delineations (picai2022)."""
+    cases: Literal["all", "positive"] | None = None
+    """All cases, or those with a lesion that is significant (picai2022)."""
+    target: Literal["WT", "TC", "ET", "regions"] | None = None
+    """Whole tumour, its core, what of it enhances, or all three as classes (brats2018)."""
+    numbering: Literal["brats2018", "msd"] | None = None
+    """Of the labels in the files (brats2018)."""
+    exclude: tuple[str, ...] | None = None
+    """Cases to leave out, by name."""
     seed: int = 0
     """Of the split, and of what the phantom draws."""
 
@@ -103,14 +121,26 @@ class OptimizerConfig:
 
 @dataclasses.dataclass(frozen=True)
 class AugmentConfig:
-    """Probabilities of the random augmentations; 0 for none."""
+    """Random augmentations, a draw a volume; a probability of 0 leaves one out."""
 
+    foreground_probability: float = 0.5
+    """That a crop is centred on a foreground voxel (with a data.patch_shape only)."""
+    affine_probability: float = 0.0
+    """Of a translation, rotation and scaling."""
+    max_translation: float = 0.1
+    """Largest translation, as a share of the volume's extent, along each axis."""
+    max_rotation_degrees: float = 0.0
+    """Largest rotation, about the third axis."""
+    max_zoom: float = 0.0
+    """Largest relative change of size."""
     flip_probability: float = 0.5
     """Of a flip, for each axis."""
     noise_probability: float = 0.4
     """Of Gaussian noise."""
     intensity_probability: float = 0.4
     """Of a change of scale and shift of intensity."""
+    gamma_probability: float = 0.0
+    """Of a gamma curve, with an exponent between 0.7 and 1.5."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -189,6 +219,56 @@ def read_config(path: Path) -> Config:
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path} cannot be read as a config: {error}.") from None
     return from_json(text, name=str(path))
+
+
+def check_config(config: Config) -> None:
+    """Checks what the types of the fields do not say.
+
+    Args:
+      config: The config.
+
+    Raises:
+      InputError: If a value is out of its range, or two do not go together.
+    """
+    model, data, strides = config.model, config.data, config.model.strides
+    patch_shape = data.patch_shape or data.shape
+    rules = {
+        "num_epochs": ("at least 1", config.num_epochs, config.num_epochs >= 1),
+        "batch_size": ("at least 1", config.batch_size, config.batch_size >= 1),
+        "num_microbatches": (
+            f"a divisor of batch_size = {config.batch_size}",
+            config.num_microbatches,
+            config.num_microbatches >= 1 and config.batch_size % config.num_microbatches == 0,
+        ),
+        "eval_every": ("at least 1", config.eval_every, config.eval_every >= 1),
+        "seed": ("at least 0", config.seed, config.seed >= 0),
+        "data.patch_shape": (
+            f"at most data.shape = {data.shape}, along each axis",
+            data.patch_shape,
+            all(patch <= size for patch, size in zip(patch_shape, data.shape, strict=True)),
+        ),
+        "data.seed": ("at least 0", config.data.seed, config.data.seed >= 0),
+        "model.num_classes": ("at least 1", model.num_classes, model.num_classes >= 1),
+        "model.width": ("at least 1", model.width, model.width >= 1),
+        "model.strides": (
+            "five triples of numbers from 1",
+            strides,
+            len(strides) == 5 and min(map(min, strides)) >= 1,
+        ),
+        "model.decoder_features": (
+            "five numbers from 1",
+            model.decoder_features,
+            len(model.decoder_features) == 5 and min(model.decoder_features) >= 1,
+        ),
+    }
+    for name, value in dataclasses.asdict(config.augment).items():
+        if name.endswith("_degrees"):
+            rules[f"augment.{name}"] = ("from 0 to 180", value, 0 <= value <= 180)
+        else:
+            rules[f"augment.{name}"] = ("from 0 to 1", value, 0 <= value <= 1)
+    for name, (rule, value, holds) in rules.items():
+        if not holds:
+            raise InputError(f"{name} must be {rule}, got {value}.")
 
 
 def _build(kind: Any, value: Any, *, where: str) -> Any:

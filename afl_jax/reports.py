@@ -235,6 +235,27 @@ def case_table(rows: Sequence[Row], *, title: str) -> Table:
     return table
 
 
+def note_table(rows: Sequence[Row], *, title: str, max_rows: int = 20) -> Table:
+    """A table of cases and what is to be said of each.
+
+    Args:
+        rows: With ``case_id`` and ``notes``.
+        title: Of the table.
+        max_rows: How many are shown; the rest is counted.
+
+    Returns:
+        A table for a rich console.
+    """
+    table = Table(title=title)
+    table.add_column("case")
+    table.add_column("note", overflow="fold")
+    for row in rows[:max_rows]:
+        table.add_row(str(row["case_id"]), str(row["notes"]))
+    if len(rows) > max_rows:
+        table.add_row("...", f"{len(rows) - max_rows} more in cases.csv")
+    return table
+
+
 def progress_bar(console: Console, *columns: ProgressColumn) -> Progress:
     """A bar with what is done, the time that it took and the time left.
 

@@ -193,10 +193,12 @@ def train_step(
     Args:
       state: The state before.
       batch: ``image`` ``[B, *spatial, C]``, ``labels`` and ``voxel_mask`` ``[B, *spatial]``,
-        ``epoch`` and ``case_index`` ``[B]``.
+        ``epoch`` and ``case_index`` ``[B]``, ``spacing`` ``[B, number of spatial axes]``; the last
+        three are read by the augmentation only.
       key: The run's key, the same in every step.
       loss_fn: ``(logits, labels, *, voxel_mask) -> [B]``.
-      augment_fn: ``(key, image, labels, voxel_mask) -> the same three``, for one volume.
+      augment_fn: ``(key, image, labels, voxel_mask, spacing) -> (image, labels, voxel_mask)``, for
+        one volume.
       statistics_fn: ``(labels, *, voxel_mask) -> {name: [B]}``, reported beside the loss.
       axis_name: Mapped axis over which gradients and metrics are averaged, or None.
       num_microbatches: Parts of the batch that go through the network one after the other, whose
@@ -213,7 +215,9 @@ def train_step(
     image, labels, voxel_mask = batch["image"], batch["labels"], batch["voxel_mask"]
     if augment_fn is not None:
         keys = sample_keys(key, batch["epoch"], batch["case_index"])
-        image, labels, voxel_mask = jax.vmap(augment_fn)(keys, image, labels, voxel_mask)
+        image, labels, voxel_mask = jax.vmap(augment_fn)(
+            keys, image, labels, voxel_mask, batch["spacing"]
+        )
 
     def mean_loss(params: Any, batch_stats: Any, part: Any) -> tuple[jax.Array, Any]:
         image, labels, voxel_mask = part

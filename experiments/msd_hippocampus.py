@@ -17,7 +17,8 @@ from pathlib import Path
 import tyro
 from rich.console import Console
 
-from afl_jax import cli, loop, reports
+from afl_jax import loop, reports
+from afl_jax.commands.train import train
 from afl_jax.config import AugmentConfig, Config, DataConfig, LossConfig, ModelConfig
 
 ADAPTIVE_FOCAL = Config(
@@ -62,7 +63,7 @@ def main(source: Path, out: Path, data_dir: Path = Path("data")) -> None:
         data = dataclasses.replace(config.data, source=str(source), data_dir=str(data_dir))
         run = out / name
         resume = (run / "config.json").exists()
-        cli.train(out=run, config=dataclasses.replace(config, data=data), resume=resume)
+        train(out=run, config=dataclasses.replace(config, data=data), resume=resume)
         with (run / "validation.csv").open(newline="") as file:
             cases = [{m: float(case[m]) for m in loop.METRICS} for case in csv.DictReader(file)]
         summaries = reports.summarise(cases)

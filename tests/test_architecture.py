@@ -19,6 +19,7 @@ ALLOWED: dict[str, set[str]] = {
     "metrics": set(),
     "lesions": set(),
     "config": set(),
+    "presets": {"config"},
     "models.__init__": set(),
     "models.blocks": set(),
     "models.encoder": {"models.blocks"},
@@ -27,12 +28,20 @@ ALLOWED: dict[str, set[str]] = {
     "models.pretrained": set(),
     "data.__init__": set(),
     "data.volume": set(),
-    "data.preprocess": {"data.volume"},
+    "data.preprocess": {"data.volume", "lesions"},
     "data.augment": set(),
-    "data.records": {"data.preprocess", "data.volume"},
+    "data.records": {"data.preprocess", "data.volume", "lesions"},
+    "data.brats2018": {"data.preprocess", "data.records", "data.volume"},
+    "data.picai2022": {"data.preprocess", "data.records", "data.volume"},
     "data.folder": {"data.preprocess", "data.records", "data.volume"},
     "data.phantom": {"data.preprocess", "data.records", "data.volume"},
-    "data.loader": {"data.folder", "data.phantom", "data.records"},
+    "data.loader": {
+        "data.brats2018",
+        "data.folder",
+        "data.phantom",
+        "data.picai2022",
+        "data.records",
+    },
     "training": set(),
     "parallel": set(),
     "checkpoint": {"config"},
@@ -41,7 +50,7 @@ ALLOWED: dict[str, set[str]] = {
     "loop": {"checkpoint", "config", "metrics", "parallel", "reports"},
 }
 # The command line is where names become objects: it alone may import everything.
-COMPOSITION_ROOT = "cli"
+COMPOSITION_ROOT = re.compile(r"cli|commands\..+")
 
 
 def module_name(path: Path) -> str:
@@ -66,10 +75,10 @@ def internal_imports(path: Path) -> set[str]:
 
 
 def test_every_module_has_its_place_in_the_table():
-    assert set(MODULES) - {COMPOSITION_ROOT} == set(ALLOWED)
+    assert {name for name in MODULES if not COMPOSITION_ROOT.fullmatch(name)} == set(ALLOWED)
 
 
-@pytest.mark.parametrize("module", sorted(set(MODULES) - {COMPOSITION_ROOT}))
+@pytest.mark.parametrize("module", sorted(ALLOWED))
 def test_a_module_imports_only_what_the_design_allows(module: str):
     assert internal_imports(MODULES[module]) <= ALLOWED[module]
 

@@ -224,7 +224,7 @@ def with_another_value(source: Path) -> str:
 @pytest.mark.parametrize(
     "damage", [without_label, with_another_shape, truncated, with_another_value]
 )
-def test_bad_data_is_one_line_and_nothing_is_left(damage, tmp_path, capsys):
+def test_bad_data_is_one_line_and_only_good_cases_are_kept(damage, tmp_path, capsys):
     source = make_folder(tmp_path / "raw", {name: some_labels() for name in "abcd"})
     message = damage(source)
     out, data_dir = tmp_path / "run", tmp_path / "data"
@@ -234,7 +234,8 @@ def test_bad_data_is_one_line_and_nothing_is_left(damage, tmp_path, capsys):
     assert message in error
     assert error.count("\n") == 1
     assert not out.exists()
-    assert [path for path in data_dir.rglob("*") if path.is_file()] == []
+    left = [path for path in data_dir.rglob("*") if path.is_file()]
+    assert all(path.parent.name == ".cases" and path.suffix == ".npz" for path in left)
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,13 @@
 """The folder data set: what it makes of good input, and what it says of bad input."""
 
+import dataclasses
 import json
 import re
 import resource
 import shutil
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -101,7 +105,7 @@ def test_resampled_grids_have_the_spacing_asked_for(source, tmp_path):
 
 def test_the_split_is_seeded_and_in_the_order_of_names(source, tmp_path):
     def split(**settings) -> tuple[list[str], list[str]]:
-        cases = prepare(source, tmp_path / "data", **settings).list_cases()
+        cases = prepare(source, tmp_path / "data", **settings).split_cases()
         return tuple([case.case_id for case in cases[name]] for name in ("train", "val"))
 
     train, val = split()
@@ -113,9 +117,10 @@ def test_the_split_is_seeded_and_in_the_order_of_names(source, tmp_path):
     assert len(split(num_val=None, val_fraction=0.2)[1]) == 1
 
 
-def test_records_come_in_the_order_of_list_cases(source, tmp_path):
+def test_records_come_in_the_order_of_their_split(source, tmp_path):
     builder = prepare(source, tmp_path / "data")
-    for split, cases in builder.list_cases().items():
+    for split, cases in builder.split_cases().items():
+        assert builder.num_cases(split) == len(cases)
         found = [record["case_id"].decode() for record in builder.as_data_source(split)]
         assert found == [case.case_id for case in cases]
 
@@ -150,8 +155,9 @@ def test_other_settings_and_other_files_make_another_data_set(source, tmp_path):
         settings = {"source": str(source), "shape": (8, 6, 4)} | settings
         return Folder.create(FolderSettings(**settings), data_dir=tmp_path).builder_config.name
 
-    names = [name(), name(seed=1), name(shape=(8, 8, 4)), name(label_map=((0, 0), (1, 1)))]
-    assert name() == names[0]
+    names = [name(), name(shape=(8, 8, 4)), name(label_map=((0, 0), (1, 1)))]
+    assert name() == name(seed=1) == name(num_val=1) == names[0], "the split changes no record"
+    names.append(name(exclude=("case_1",)))
     write_volume(source / "labelsTr" / "case_0.nii.gz", Volume(np.ones((6, 7, 4)), SPACING))
     names.append(name())
     assert len(set(names)) == 5
@@ -312,13 +318,60 @@ def add_nan(source: Path) -> str:
     ],
     ids=lambda damage: damage.__name__,
 )
-def test_bad_input_is_named_in_one_line_and_leaves_nothing(source, tmp_path, damage):
+def test_bad_input_is_named_in_one_line_and_leaves_good_cases_only(source, tmp_path, damage):
     text = damage(source)
     data_dir = tmp_path / "data"
     data_dir.mkdir()
     with pytest.raises(InputError, match=one_line(text)):
         prepare(source, data_dir)
-    assert list(data_dir.rglob("*")) == []
+    left = [path for path in data_dir.rglob("*") if path.is_file()]
+    assert all(path.suffix == ".npz" and path.parent.name == ".cases" for path in left)
+    assert len(left) in (0, 4)
+
+
+def test_every_bad_case_is_named_and_a_mended_build_goes_on(source, tmp_path, monkeypatch):
+    labels = [source / "labelsTr" / f"case_{index}.nii.gz" for index in (1, 2)]
+    kept = [path.read_bytes() for path in labels]
+    for path in labels:
+        path.write_bytes(b"damaged")
+    settings = FolderSettings(source=str(source), shape=(8, 6, 4), num_val=2)
+    warnings = []
+    with pytest.raises(InputError, match=one_line("2 of 5 cases cannot be prepared")) as error:
+        Folder.create(settings, data_dir=tmp_path / "data").prepare(warn=warnings.append)
+    assert len(warnings) == 1
+    assert sum(path.name in text for path in labels for text in (*warnings, str(error.value))) >= 2
+    assert "data.exclude: case_1 case_2" in str(error.value)
+
+    read = []
+    read_case = Folder.read_case
+    monkeypatch.setattr(
+        Folder, "read_case", lambda self, case: read.append(case.case_id) or read_case(self, case)
+    )
+    labels[0].write_bytes(kept[0])
+    excluding = dataclasses.replace(settings, exclude=("case_2",))
+    builder = Folder.create(excluding, data_dir=tmp_path / "data")
+    builder.prepare()
+    assert read == ["case_1"]
+    assert sorted(read_all(builder)) == ["case_0", "case_1", "case_3", "case_4"]
+    assert not list((tmp_path / "data").rglob("*.npz")), "what was staged is removed"
+
+
+def test_a_case_that_is_not_there_cannot_be_excluded(source, tmp_path):
+    with pytest.raises(InputError, match=one_line("exclude names 'case_9'")):
+        prepare(source, tmp_path / "data", exclude=("case_9",))
+
+
+def test_the_table_says_what_became_of_every_case(source, tmp_path):
+    # A crop that leaves lesions out: of case_3, its second lesion and half of the first.
+    builder = prepare(source, tmp_path / "data", shape=(2, 6, 4))
+    rows = {row["case_id"]: row for row in builder.read_table()}
+    assert sorted(rows) == [f"case_{index}" for index in range(5)]
+    row = rows["case_3"]
+    assert (row["lesions"], row["lesions_prepared"]) == ("2", "1")
+    assert float(row["volume_mm3"]) == pytest.approx((12 + 1) * 0.75)
+    assert "2 lesions became 1" in row["notes"]
+    assert "mm3 of lesions became" in row["notes"]
+    assert rows["case_0"]["notes"] == ""
 
 
 def test_a_disk_that_fills_up_is_named_and_leaves_earlier_builds_only(source, tmp_path):
@@ -329,20 +382,41 @@ def test_a_disk_that_fills_up_is_named_and_leaves_earlier_builds_only(source, tm
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
     try:
         with pytest.raises(InputError, match=one_line("the data set cannot be written")):
-            prepare(source, data_dir, seed=1)
+            prepare(source, data_dir, shape=(8, 8, 4))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert sorted(data_dir.rglob("*")) == earlier
 
 
-def test_a_build_that_is_interrupted_leaves_nothing(source, tmp_path, monkeypatch):
-    def interrupt(self, case):
-        raise KeyboardInterrupt
+def test_a_killed_build_goes_on_and_no_case_is_prepared_twice(source, tmp_path):
+    program = """
+import os, signal, sys
+from afl_jax.data.folder import Folder, FolderSettings
 
-    monkeypatch.setattr(Folder, "prepare_case", interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        prepare(source, tmp_path / "data")
-    assert list((tmp_path / "data").rglob("*")) == []
+read_case, num_read = Folder.read_case, 0
+def counted(self, case):
+    global num_read
+    num_read += 1
+    if num_read == int(sys.argv[3]):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return read_case(self, case)
+Folder.read_case = counted
+settings = FolderSettings(source=sys.argv[1], shape=(8, 6, 4), num_val=2)
+Folder.create(settings, data_dir=sys.argv[2]).prepare()
+print(num_read)
+"""
+
+    def run(kill_at: int) -> subprocess.CompletedProcess:
+        arguments = [sys.executable, "-c", program, str(source), str(tmp_path / "data")]
+        return subprocess.run([*arguments, str(kill_at)], capture_output=True, text=True)
+
+    assert run(4).returncode == -signal.SIGKILL
+    resumed = run(0)
+    assert resumed.returncode == 0, resumed.stderr
+    assert resumed.stdout.split() == ["2"], "three of five were prepared before"
+    found = read_all(prepare(source, tmp_path / "data"))
+    for case_id, record in read_all(prepare(source, tmp_path / "other")).items():
+        np.testing.assert_array_equal(found[case_id]["image"], record["image"])
 
 
 @pytest.mark.parametrize(

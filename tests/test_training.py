@@ -35,6 +35,7 @@ def make_batch(batch_size: int = 4, shape=(8, 8, 4), channels: int = 1, seed: in
         "voxel_mask": np.ones(labels.shape, bool),
         "epoch": np.zeros(batch_size, np.int32),
         "case_index": np.arange(batch_size, dtype=np.int32),
+        "spacing": np.tile(np.float32([1, 1, 3]), (batch_size, 1)),
     }
 
 
@@ -220,20 +221,29 @@ def run_steps(num_devices: int, num_steps: int = 3):
     state = training.create_train_state(
         model.apply, variables, training.create_optimizer("sgd", learning_rate=0.1)
     )
+    # The volumes are of 8 x 8 x 6, the crops of what the network takes.
+    augment_fn = functools.partial(
+        augment,
+        patch_shape=(8, 8, 4),
+        affine_probability=0.5,
+        max_rotation_degrees=15.0,
+        max_zoom=0.1,
+        gamma_probability=0.5,
+    )
     num_traces = 0
 
     def counted_step(*arguments):
         nonlocal num_traces
         num_traces += 1
         return training.train_step(
-            *arguments, loss_fn=adaptive_focal_loss, augment_fn=augment, axis_name=axis_name
+            *arguments, loss_fn=adaptive_focal_loss, augment_fn=augment_fn, axis_name=axis_name
         )
 
     step = parallel.compile_step(counted_step, devices, donate_state=True)
     state, key = parallel.replicate((state, jax.random.key(1)), devices)
     losses = []
     for i in range(num_steps):
-        batch = make_batch(8, seed=i) | {"epoch": np.full(8, i, np.int32)}
+        batch = make_batch(8, (8, 8, 6), seed=i) | {"epoch": np.full(8, i, np.int32)}
         batch["image"] = batch["image"].astype(np.float64)
         batch = parallel.shard_batch(batch, devices)
         with jax.transfer_guard("disallow" if i else "allow"):

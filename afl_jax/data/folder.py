@@ -17,17 +17,15 @@ The cases, sorted by name, are split by a seeded permutation into ``train`` and 
 
 import dataclasses
 import json
-import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
-import tensorflow_datasets as tfds
 
-from afl_jax.data.preprocess import Normalisation, prepare_image, prepare_labels, remap_labels
-from afl_jax.data.records import RecordsBuilder, create_builder, create_info, create_record
+from afl_jax.data.preprocess import Normalisation, remap_labels
+from afl_jax.data.records import Case, ReadCase, RecordsBuilder
 from afl_jax.data.volume import Vector, case_name, grid_difference, read_channels, read_volume
 from afl_jax.errors import InputError
 
@@ -40,28 +38,33 @@ class FolderSettings:
       source: The folder that holds ``dataset.json``.
       shape: Voxels of the prepared grid; volumes are cropped and padded to it.
       spacing: Of the prepared grid, mm, along LPS; each image's own if None.
+      resize: Stretch every image to the shape, in place of cropping and padding it.
       label_map: Pairs (value in the files, class); the labels of ``dataset.json`` as they are if
         empty. ``((0, 0), (1, 1), (2, 1))`` makes one foreground of two labels.
       normalisation: Of the intensities, see `preprocess.normalise`.
       val_fraction: Share of the cases to validate on, rounded to whole cases, at least one.
       num_val: Number of cases to validate on; overrides ``val_fraction`` if not None.
       seed: Of the split.
+      exclude: Names of cases to leave out.
     """
 
     source: str
     shape: tuple[int, int, int]
     spacing: Vector | None = None
+    resize: bool = False
     label_map: tuple[tuple[int, int], ...] = ()
     normalisation: Normalisation = "zscore_nonzero"
     val_fraction: float = 0.2
     num_val: int | None = None
     seed: int = 0
+    exclude: tuple[str, ...] = ()
 
     def __post_init__(self):
         # Lists, as JSON has them, become tuples: the settings are hashable.
         object.__setattr__(self, "source", str(Path(self.source).resolve()))
         object.__setattr__(self, "shape", tuple(self.shape))
         object.__setattr__(self, "label_map", tuple(tuple(pair) for pair in self.label_map))
+        object.__setattr__(self, "exclude", tuple(self.exclude))
         if self.spacing is not None:
             object.__setattr__(self, "spacing", tuple(float(value) for value in self.spacing))
         if len(self.shape) != 3 or not all(isinstance(n, int) and n > 0 for n in self.shape):
@@ -83,68 +86,69 @@ class FolderSettings:
 
 
 @dataclasses.dataclass(frozen=True)
-class FolderCase:
-    """One entry of ``dataset.json``: its name and its files."""
+class FolderCase(Case):
+    """One entry of ``dataset.json``; the files are those of the image, then that of the label."""
 
-    case_id: str
-    images: tuple[Path, ...]
-    label: Path
+    @property
+    def images(self) -> tuple[Path, ...]:
+        """Files of the channels."""
+        return self.files[:-1]
+
+    @property
+    def label(self) -> Path:
+        """File of the label."""
+        return self.files[-1]
 
 
 class Folder(RecordsBuilder):
-    """Cases of a folder with ``dataset.json``."""
+    """Cases of a folder with ``dataset.json``, in the layout of the Medical Decathlon."""
 
     SETTINGS = FolderSettings
+    FREE_SETTINGS = ("source", "val_fraction", "num_val", "seed")
 
     @classmethod
-    def create(cls, settings: FolderSettings, *, data_dir: str | os.PathLike) -> "Folder":
-        """Makes the builder; its name depends on every file's size and time of change.
+    def find_cases(cls, settings: FolderSettings) -> list[FolderCase]:
+        """The entries of ``dataset.json``, sorted by name.
 
         Raises:
           InputError: If the folder or its ``dataset.json`` is not as it must be, or a file that
             it names is missing.
         """
         source = Path(settings.source)
-        dataset = read_dataset_json(source)
-        cases = list_folder_cases(source, dataset)
-        files = sorted({file for case in cases for file in (*case.images, case.label)})
-        stats = [(str(file.relative_to(source)), file.stat()) for file in files]
-        fingerprint = [dataset, [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]]
-        readable = re.sub(r"[^A-Za-z0-9_]+", "_", source.name)
-        shape = "x".join(str(n) for n in settings.shape)
-        return create_builder(
-            cls,
-            settings,
-            name=f"{readable}-{shape}",
-            fingerprint=fingerprint,
-            data_dir=data_dir,
-        )
+        return list_folder_cases(source, read_dataset_json(source))
+
+    @classmethod
+    def config_name(cls, settings: FolderSettings) -> str:
+        """The folder's name and the grid."""
+        readable = re.sub(r"[^A-Za-z0-9_]+", "_", Path(settings.source).name)
+        return f"{readable}-{'x'.join(str(n) for n in settings.shape)}"
 
     @property
     def num_classes(self) -> int:
         """Classes of the labels, background included."""
         return max(self._label_map.values()) + 1
 
-    def _info(self) -> tfds.core.DatasetInfo:
-        dataset = read_dataset_json(Path(self.settings.source))
-        return create_info(
-            self,
-            description=str(dataset.get("description") or dataset.get("name") or "A folder."),
-            shape=self.settings.shape,
-            num_channels=len(dataset["modality"]),
-        )
+    @property
+    def num_channels(self) -> int:
+        """Channels that ``modality`` names."""
+        return len(read_dataset_json(Path(self.settings.source))["modality"])
 
-    def list_cases(self) -> dict[str, list[FolderCase]]:
-        """The cases of ``train`` and ``val``."""
-        source = Path(self.settings.source)
-        cases = list_folder_cases(source, read_dataset_json(source))
-        num_val = self.settings.num_val
+    @property
+    def preparation(self) -> dict[str, Any]:
+        """The arguments of `prepare_image`."""
+        names = ("shape", "spacing", "resize", "normalisation")
+        return {name: getattr(self.settings, name) for name in names}
+
+    def split_cases(self) -> dict[str, list[FolderCase]]:
+        """The cases of ``train`` and ``val``, by a seeded permutation."""
+        cases, num_val = list(self.cases), self.settings.num_val
         if num_val is None:
             num_val = max(1, round(self.settings.val_fraction * len(cases)))
         if not 0 < num_val < len(cases):
             raise InputError(
-                f"{source}: expected cases both to train and to validate on, found {len(cases)} "
-                f"in all, {num_val} of them to validate on; add cases or change num_val."
+                f"{self.settings.source}: expected cases both to train and to validate on, found "
+                f"{len(cases)} in all, {num_val} of them to validate on; add cases or change "
+                "num_val."
             )
         order = np.random.default_rng(self.settings.seed).permutation(len(cases))
         val = set(order[:num_val].tolist())
@@ -153,11 +157,9 @@ class Folder(RecordsBuilder):
             "val": [case for index, case in enumerate(cases) if index in val],
         }
 
-    def prepare_case(self, case: FolderCase) -> dict[str, Any]:
-        """Reads, checks and prepares one case."""
-        settings = self.settings
-        num_channels = self.info.features["image"].shape[-1]
-        image = read_channels(case.images, num_channels=num_channels)
+    def read_case(self, case: FolderCase) -> ReadCase:
+        """Reads and checks one case."""
+        image = read_channels(case.images, num_channels=self.num_channels)
         labels = read_volume(case.label)
         if labels.array.ndim != 3:
             raise InputError(f"{case.label}: a label must have 3 dimensions, found 4 (channels).")
@@ -167,23 +169,10 @@ class Folder(RecordsBuilder):
                 f"found {difference}; check that they belong together."
             )
         try:
-            labels = dataclasses.replace(labels, array=remap_labels(labels.array, self._label_map))
+            classes = remap_labels(labels.array, self._label_map)
         except InputError as error:
             raise InputError(f"{case.label}: {error}") from error
-        prepared = prepare_image(
-            image,
-            shape=settings.shape,
-            spacing=settings.spacing,
-            normalisation=settings.normalisation,
-        )
-        voxel_mm3 = float(np.prod(labels.spacing))
-        return create_record(
-            prepared,
-            prepare_labels(labels, prepared),
-            original=image,
-            case_id=case.case_id,
-            lesion_volume_mm3=np.count_nonzero(labels.array) * voxel_mm3,
-        )
+        return ReadCase(image, dataclasses.replace(image, array=classes))
 
     @property
     def _label_map(self) -> dict[int, int]:
@@ -274,7 +263,8 @@ def list_folder_cases(source: Path, dataset: Mapping[str, Any]) -> list[FolderCa
             raise InputError(
                 f"case {case_id}: listed twice in {source / 'dataset.json'}; names must differ."
             )
-        cases[case_id] = FolderCase(case_id, paths, label)
+        depends_on = [dataset["modality"], dataset["labels"]]
+        cases[case_id] = FolderCase(case_id, (*paths, label), depends_on)
     return [cases[case_id] for case_id in sorted(cases)]
 
 

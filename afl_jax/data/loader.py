@@ -8,20 +8,24 @@ read and decoded by threads, ahead of their use.
 
 import dataclasses
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import grain
 import numpy as np
 
+from afl_jax.data.brats2018 import Brats2018
 from afl_jax.data.folder import Folder
 from afl_jax.data.phantom import Phantom
+from afl_jax.data.picai2022 import Picai2022
 from afl_jax.data.records import Progress, RecordsBuilder
 from afl_jax.errors import InputError
 
 BUILDERS: dict[str, type[RecordsBuilder]] = {
+    "brats2018": Brats2018,
     "folder": Folder,
     "phantom": Phantom,
+    "picai2022": Picai2022,
 }
 
 
@@ -31,6 +35,7 @@ def prepare(
     data_dir: str | os.PathLike,
     num_workers: int = 1,
     progress: Progress | None = None,
+    warn: Callable[[str], None] | None = None,
     **settings: Any,
 ) -> RecordsBuilder:
     """Prepares a data set, or finds the one that these settings made before.
@@ -40,10 +45,32 @@ def prepare(
       data_dir: Folder of prepared data sets.
       num_workers: Threads that prepare cases.
       progress: Called with (cases done, cases in all) while cases are prepared.
-      **settings: Of the builder, see `FolderSettings` and `PhantomSettings`.
+      warn: See `RecordsBuilder.prepare`.
+      **settings: Of the builder, such as `FolderSettings`.
 
     Returns:
       The builder, prepared: ``builder.as_data_source("train")`` is a source for `create_loader`.
+
+    Raises:
+      InputError: If there is no such builder or setting, or the input is not as it must be.
+    """
+    builder = create_records_builder(name, data_dir=data_dir, **settings)
+    builder.prepare(num_workers=num_workers, progress=progress, warn=warn)
+    return builder
+
+
+def create_records_builder(
+    name: str, *, data_dir: str | os.PathLike, **settings: Any
+) -> RecordsBuilder:
+    """Makes the builder of a data set; nothing is prepared.
+
+    Args:
+      name: Of the builder, one of ``BUILDERS``.
+      data_dir: Folder of prepared data sets.
+      **settings: Of the builder, such as `FolderSettings`.
+
+    Returns:
+      The builder.
 
     Raises:
       InputError: If there is no such builder or setting, or the input is not as it must be.
@@ -58,9 +85,7 @@ def prepare(
         raise InputError(f"data set {name!r} has no setting {unknown[0]!r}; choose among {known}.")
     if missing := sorted(required - set(settings)):
         raise InputError(f"data set {name!r} needs the setting {missing[0]!r}: give it.")
-    builder = builder_class.create(builder_class.SETTINGS(**settings), data_dir=data_dir)
-    builder.prepare(num_workers=num_workers, progress=progress)
-    return builder
+    return builder_class.create(builder_class.SETTINGS(**settings), data_dir=data_dir)
 
 
 def create_loader(

@@ -17,15 +17,12 @@ amplitude is the roughness of the case. Every number of a case follows from (see
 """
 
 import dataclasses
-import os
 from typing import Any, NamedTuple
 
 import numpy as np
-import tensorflow_datasets as tfds
 from scipy import ndimage
 
-from afl_jax.data.preprocess import prepare_image
-from afl_jax.data.records import RecordsBuilder, create_builder, create_info, create_record
+from afl_jax.data.records import Case, ReadCase, RecordsBuilder
 from afl_jax.data.volume import Vector, Volume
 from afl_jax.errors import InputError
 
@@ -109,47 +106,51 @@ class PhantomCase(NamedTuple):
 
 
 class Phantom(RecordsBuilder):
-    """Generated cases."""
+    """Procedural MR-like volumes with lesions of varied size and roughness."""
 
     SETTINGS = PhantomSettings
 
     @classmethod
-    def create(cls, settings: PhantomSettings, *, data_dir: str | os.PathLike) -> "Phantom":
-        """Makes the builder."""
+    def find_cases(cls, settings: PhantomSettings) -> list[Case]:
+        """The cases of both splits, which are nowhere until they are read."""
+        counts = {"train": settings.num_train, "val": settings.num_val}
+        return [
+            Case(f"phantom_{split}_{index:04d}")
+            for split in _SPLITS
+            for index in range(counts[split])
+        ]
+
+    @classmethod
+    def config_name(cls, settings: PhantomSettings) -> str:
+        """The numbers of cases and the grid."""
         shape = "x".join(str(n) for n in settings.shape)
-        name = f"{settings.num_train}-{settings.num_val}-{shape}"
-        return create_builder(cls, settings, name=name, fingerprint=None, data_dir=data_dir)
+        return f"{settings.num_train}-{settings.num_val}-{shape}"
 
     @property
     def num_classes(self) -> int:
         """Background and lesion."""
         return 2
 
-    def _info(self) -> tfds.core.DatasetInfo:
-        return create_info(
-            self,
-            description="Procedural MR-like volumes with lesions of varied size and roughness.",
-            shape=self.settings.shape,
-            num_channels=len(CHANNELS),
-        )
+    @property
+    def num_channels(self) -> int:
+        """As many as `CHANNELS`."""
+        return len(CHANNELS)
 
-    def list_cases(self) -> dict[str, list[tuple[str, int]]]:
-        """The cases, as (split, index)."""
-        counts = {"train": self.settings.num_train, "val": self.settings.num_val}
-        return {split: [(split, index) for index in range(n)] for split, n in counts.items()}
+    @property
+    def preparation(self) -> dict[str, Any]:
+        """The arguments of `prepare_image`: cases are generated on their grid."""
+        return {"shape": self.settings.shape}
 
-    def prepare_case(self, case: tuple[str, int]) -> dict[str, Any]:
-        """Generates and normalises one case."""
-        split, index = case
-        image, labels, roughness = random_case(self.settings, split, index)
-        return create_record(
-            prepare_image(image),
-            labels,
-            original=image,
-            case_id=f"phantom_{split}_{index:04d}",
-            lesion_volume_mm3=np.count_nonzero(labels.array) * float(np.prod(labels.spacing)),
-            roughness=roughness,
-        )
+    def split_cases(self) -> dict[str, list[Case]]:
+        """The cases of ``train`` and ``val``."""
+        num_train = self.settings.num_train
+        return {"train": list(self.cases[:num_train]), "val": list(self.cases[num_train:])}
+
+    def read_case(self, case: Case) -> ReadCase:
+        """Generates one case."""
+        _, split, index = case.case_id.split("_")
+        image, labels, roughness = random_case(self.settings, split, int(index))
+        return ReadCase(image, labels, roughness=roughness)
 
 
 def random_case(settings: PhantomSettings, split: str, index: int) -> PhantomCase:

@@ -5,7 +5,7 @@ to a spacing, its intensities are normalised channel by channel, and it is cropp
 its centre to a shape. Intensities come before padding, so that padding is 0 in the normalised
 scale. Each step moves the geometry with the voxels; the inverse of the whole is therefore one
 resampling onto the original grid, `restore`. Labels are taken straight to the prepared grid of
-their image, once, with nearest interpolation: lesions do not grow, and no label value is invented.
+their image, once, lesion by lesion, by `resample_labels`: none grows, shrinks or is lost.
 
 A step that moves voxels by whole voxels copies them: as long as the spacing is kept, a prediction
 returns to its image voxel for voxel, whatever the orientation of the axes.
@@ -18,9 +18,11 @@ from collections.abc import Mapping
 from typing import Literal, get_args
 
 import numpy as np
+from scipy import ndimage
 
 from afl_jax.data.volume import MAX_NUM_VALUES, Interpolation, Vector, Volume, interpolate
 from afl_jax.errors import InputError
+from afl_jax.lesions import label_components
 
 Normalisation = Literal["zscore_nonzero", "zscore", "none"]
 
@@ -28,6 +30,8 @@ Normalisation = Literal["zscore_nonzero", "zscore", "none"]
 _AXIS_LETTERS = (("L", "R"), ("P", "A"), ("S", "I"))
 # Two grids that are this close, in voxels, are one: headers hold float32.
 _TOLERANCE_VOXELS = 1e-3
+# Along one axis of one voxel, to find how much of it a lesion covers.
+_MAX_SAMPLES = 16
 
 
 def prepare_image(
@@ -35,7 +39,9 @@ def prepare_image(
     *,
     shape: tuple[int, int, int] | None = None,
     spacing: Vector | None = None,
+    resize: bool = False,
     normalisation: Normalisation = "zscore_nonzero",
+    clip_percentiles: tuple[float, float] | None = None,
 ) -> Volume:
     """Takes an image to the network's grid.
 
@@ -43,19 +49,28 @@ def prepare_image(
       image: ``[X, Y, Z]`` or ``[X, Y, Z, C]``, any orientation.
       shape: Voxels of the grid, to which the resampled image is cropped or padded; kept if None.
       spacing: Of the grid, mm, along LPS; the image's own if None.
+      resize: Whether to choose the spacing such that the whole image fills the shape.
       normalisation: See `normalise`.
+      clip_percentiles: Of each channel, to which its intensities are clipped first; not if None.
 
     Returns:
       float32 ``[*shape, C]``, axes along LPS as nearly as an image that is oblique can be; C = 1
       for an image without channels. 0 where padded.
 
     Raises:
-      InputError: If the spacing makes an absurd grid.
+      InputError: If the spacing makes an absurd grid, or is given beside ``resize``.
     """
     volume = reorient(image)
+    if resize:
+        if shape is None or spacing is not None:
+            raise InputError(f"resize needs a shape and no spacing, got {shape} and {spacing}.")
+        spacing = tuple((np.multiply(volume.shape, volume.spacing) / shape).tolist())
     if spacing is not None:
         volume = resample(volume, spacing=spacing, interpolation="linear")
     array = volume.array if volume.array.ndim == 4 else volume.array[..., None]
+    if clip_percentiles is not None:
+        low, high = np.percentile(array, clip_percentiles, axis=(0, 1, 2))
+        array = np.clip(array, low.astype(np.float32), high.astype(np.float32))
     volume = dataclasses.replace(volume, array=normalise(array, method=normalisation))
     return volume if shape is None else crop_or_pad(volume, shape)
 
@@ -78,7 +93,7 @@ def prepare_labels(
     """
     label_map = {value: value for value in range(256)} if label_map is None else label_map
     mapped = dataclasses.replace(labels, array=remap_labels(labels.array, label_map))
-    return resample_to(mapped, prepared, interpolation="nearest")
+    return resample_labels(mapped, prepared)
 
 
 def restore(
@@ -180,16 +195,44 @@ def resample_to(
       grids differ by whole voxels and by the order and sense of axes only, values are copied, in
       their own data type.
     """
-    aligned = _align_axes(volume, np.reshape(reference.direction, (3, 3)))
-    offset = np.linalg.solve(aligned.matrix, np.subtract(reference.origin, aligned.origin))
-    step = np.linalg.solve(aligned.matrix, reference.matrix)
-    start = np.rint(offset).astype(int)
-    # How far apart the grids are at the far end of the reference, in voxels.
-    drift = np.abs(offset - start).max() + np.abs((step - np.eye(3)) @ reference.shape).max()
-    if drift < _TOLERANCE_VOXELS:
-        array = _window(aligned.array, start, reference.shape, fill=fill)
-    else:
+    array = _copy_voxels(volume, reference, fill=fill)
+    if array is None:
         array = interpolate(volume, reference, interpolation=interpolation, fill=fill)
+    return dataclasses.replace(reference, array=array)
+
+
+def resample_labels(labels: Volume, reference: Volume) -> Volume:
+    r"""Resamples a class map onto another grid so that every lesion keeps its volume.
+
+    A lesion is a 26-connected component of the foreground. Of the reference's voxels it takes the
+
+    .. math:: n = \max(1, \mathrm{round}(\textstyle\sum_v c_v))
+
+    that it covers most, where c is the covered share of a voxel: as many as its volume inside of
+    the grid fills, one at least. A threshold on c, such as nearest interpolation is, would lose
+    lesions that are thinner than a voxel, and c > 0 makes all of them grow. Each voxel gets the
+    class that covers most of it.
+
+    Args:
+      labels: uint8 ``[X, Y, Z]``, 0 = background.
+      reference: Whose grid is taken; its values and channels do not matter.
+
+    Returns:
+      uint8 with the spatial shape and geometry of ``reference``; 0 outside of the labels. Values
+      are copied where the grids differ by whole voxels and by the order and sense of axes only.
+      Lesions closer to each other than the voxels of the reference may touch.
+    """
+    array = _copy_voxels(labels, reference, fill=0)
+    if array is None:
+        array = np.zeros(reference.shape, np.uint8)
+        components, _ = label_components(labels.array)
+        for index, box in enumerate(ndimage.find_objects(components), start=1):
+            classes = np.where(components[box] == index, labels.array[box], 0)
+            start = np.array([side.start for side in box])
+            origin = tuple(labels.origin + labels.matrix @ start)
+            _paint_lesion(
+                array, dataclasses.replace(labels, array=classes, origin=origin), reference
+            )
     return dataclasses.replace(reference, array=array)
 
 
@@ -316,6 +359,61 @@ def _align_axes(volume: Volume, direction: np.ndarray) -> Volume:
         tuple(volume.origin + matrix @ far_corner),
         tuple(rotation.ravel().tolist()),
     )
+
+
+def _copy_voxels(volume: Volume, reference: Volume, *, fill: float) -> np.ndarray | None:
+    """Values on the reference's grid where no interpolation is needed; None where it is."""
+    aligned = _align_axes(volume, np.reshape(reference.direction, (3, 3)))
+    offset = np.linalg.solve(aligned.matrix, np.subtract(reference.origin, aligned.origin))
+    step = np.linalg.solve(aligned.matrix, reference.matrix)
+    start = np.rint(offset).astype(int)
+    # How far apart the grids are at the far end of the reference, in voxels.
+    drift = np.abs(offset - start).max() + np.abs((step - np.eye(3)) @ reference.shape).max()
+    if drift >= _TOLERANCE_VOXELS:
+        return None
+    return _window(aligned.array, start, reference.shape, fill=fill)
+
+
+def _paint_lesion(array: np.ndarray, lesion: Volume, reference: Volume) -> None:
+    """Writes one lesion into the array of a class map on the reference's grid."""
+    # The voxels of the reference that it may reach, one more on either side.
+    to_index = np.linalg.inv(reference.matrix)
+    corners = np.array(list(itertools.product(*((-1, n) for n in lesion.shape)))).T
+    points = np.reshape(lesion.origin, (3, 1)) + lesion.matrix @ corners
+    indices = to_index @ (points - np.reshape(reference.origin, (3, 1)))
+    start = np.clip(np.floor(indices.min(axis=1)), 0, reference.shape).astype(int)
+    stop = np.clip(np.ceil(indices.max(axis=1)) + 1, 0, reference.shape).astype(int)
+    if np.any(stop <= start):
+        return
+    # Each of them is sampled at two points at least for every voxel of the lesion's grid.
+    lesion_voxels = np.abs(np.linalg.inv(lesion.matrix) @ reference.matrix).max(axis=0)
+    parts = np.clip(np.ceil(2 * lesion_voxels), 2, _MAX_SAMPLES).astype(int)
+    first = start + (0.5 / parts - 0.5)
+    samples = _empty_grid(
+        tuple((stop - start) * parts),
+        tuple(np.divide(reference.spacing, parts)),
+        tuple(reference.origin + reference.matrix @ first),
+        reference.direction,
+    )
+    padded = np.pad(lesion.array, 1)
+    origin = tuple(lesion.origin - lesion.matrix.sum(axis=1))
+    cover = {}
+    for value in np.unique(padded[padded > 0]).tolist():
+        volume = dataclasses.replace(lesion, array=(padded == value) * 1.0, origin=origin)
+        sampled = interpolate(volume, samples, interpolation="linear", fill=0.0)
+        blocks = itertools.chain(*zip(stop - start, parts, strict=True))
+        cover[value] = sampled.reshape(*blocks).mean(axis=(1, 3, 5), dtype=np.float64)
+    total = sum(cover.values())
+    if total.sum() == 0:
+        return
+    target = array[tuple(slice(*ends) for ends in zip(start, stop, strict=True))]
+    # What another lesion took stays its own.
+    total[target > 0] = 0
+    num_voxels = max(1, round(float(total.sum())))
+    order = np.argsort(-total, axis=None, kind="stable")[:num_voxels]
+    chosen = np.unravel_index(order[total.ravel()[order] > 0], total.shape)
+    values = np.array(list(cover), np.uint8)
+    target[chosen] = values[np.argmax([c[chosen] for c in cover.values()], axis=0)]
 
 
 def _window(

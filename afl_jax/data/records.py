@@ -1,107 +1,148 @@
 """What the data sets share: the features of a record, and how a builder writes them.
 
 A record is one case on its prepared grid: the image, the labels, and what later steps need to know
-of the case. Builders are tensorflow-datasets builders that write array_record files, in the order
-in which they list their cases, and that neither write nor read with TensorFlow. What is prepared
-lies in ``data_dir/builder/config/version``; the name of the config ends in a digest of everything
-that the records depend on, so that other settings or another source make another data set, and a
-prepared data set that is found is the one that was asked for.
+of the case. Builders are tensorflow-datasets builders that write array_record files, all cases in
+one stored split, in the order in which they are listed, and that neither write nor read with
+TensorFlow. Which case belongs to ``train``, ``val`` and ``test`` is decided when records are read,
+so that five folds share one set of records.
 
-A build is whole or not there at all: records are written to a folder beside, which is renamed at
-the end and removed after any failure.
+What is prepared lies in ``data_dir/builder/config/version``; the name of the config ends in a
+digest of everything that the records depend on, so that other settings or other files make another
+data set, and a prepared data set that is found is the one that was asked for. Beside the records,
+``cases.csv`` has a row for each case: its lesions and their volume before and after, and whatever
+should be known of it.
+
+A build is whole or not there at all. Each case is first written to a file of its own in
+``data_dir/builder/.cases``, beside its place and renamed; a build that was interrupted, or stopped
+by a bad case, goes on from these. They are removed once the data set is whole, which until then
+needs twice its room.
 """
 
 import abc
-import collections
 import contextlib
+import csv
 import dataclasses
+import functools
 import hashlib
+import io
 import json
 import logging
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import tensorflow_datasets as tfds
 
-from afl_jax.data.preprocess import content_box
+from afl_jax.data.preprocess import content_box, prepare_image, prepare_labels
 from afl_jax.data.volume import Volume
 from afl_jax.errors import InputError
+from afl_jax.lesions import label_components
 
 Progress = Callable[[int, int], None]
+
+_STORED_SPLIT = "cases"
+# A change of the foreground's volume, by cropping, that is worth a note.
+_MAX_VOLUME_CHANGE = 0.05
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One case of a source, not read yet.
+
+    Attributes:
+      case_id: Unique in the data set.
+      files: All that are read for it; some may be missing.
+      depends_on: JSON-able; whatever else its record depends on.
+    """
+
+    case_id: str
+    files: tuple[Path, ...] = ()
+    depends_on: Any = None
+
+
+class ReadCase(NamedTuple):
+    """One case as it was read, before it is prepared.
+
+    Attributes:
+      image: ``[X, Y, Z, C]``, all channels on one grid.
+      labels: uint8 ``[X, Y, Z]``, classes, on the grid of the image.
+      notes: What a user should know of the case, in words.
+      roughness: Of the lesion surface; NaN where it is not known.
+    """
+
+    image: Volume
+    labels: Volume
+    notes: tuple[str, ...] = ()
+    roughness: float = math.nan
 
 
 @dataclasses.dataclass(eq=False)
 class RecordsConfig(tfds.core.BuilderConfig):
-    """A tfds config that carries the builder's own settings, a frozen dataclass."""
+    """A tfds config that carries the builder's own settings, a frozen dataclass, and its cases."""
 
     settings: Any = None
+    cases: Sequence[Case] = ()
 
 
 class RecordsBuilder(tfds.core.GeneratorBasedBuilder, abc.ABC, skip_registration=True):
-    """A builder of prepared cases; a subclass lists its cases and prepares one of them.
+    """A builder of prepared cases; a subclass finds its cases, splits them and reads one of them.
 
     Attributes:
       SETTINGS: The frozen dataclass of the builder's settings, set by the subclass.
+      FREE_SETTINGS: Names of the settings on which no record depends: where the source lies, and
+        who belongs to which split.
     """
 
-    VERSION = tfds.core.Version("1.0.0")
+    VERSION = tfds.core.Version("2.0.0")
     # Nothing is downloaded, so there are no checksums. tfds would look for a file of them beside
     # this one, with a package that it does not install.
     url_infos: ClassVar[dict] = {}
     SETTINGS: type
+    FREE_SETTINGS: ClassVar[tuple[str, ...]] = ()
 
-    _num_workers = 1
-    _progress: Progress | None = None
-
-    @property
-    def settings(self) -> Any:
-        """The settings, an instance of ``SETTINGS``."""
-        return self.builder_config.settings
-
-    def prepare(self, *, num_workers: int = 1, progress: Progress | None = None) -> None:
-        """Builds the data set, unless it is there already.
+    @classmethod
+    def create(cls, settings: Any, *, data_dir: str | os.PathLike) -> "RecordsBuilder":
+        """Makes the builder; nothing is built yet.
 
         Args:
-          num_workers: Threads that prepare cases; the records do not depend on it.
-          progress: Called with (cases done, cases in all) at the start and after each case.
+          settings: An instance of ``SETTINGS``.
+          data_dir: Folder of prepared data sets.
+
+        Returns:
+          The builder, whose config's name says on what its records depend: the settings, and
+          every file's name, size and time of change.
 
         Raises:
-          InputError: If anything about a case is wrong, or the files cannot be written. Nothing
-            remains of the build.
+          InputError: If the source is not as it must be.
         """
+        cases = cls.find_cases(settings)
+        excluded = set(getattr(settings, "exclude", ()))
+        if unknown := sorted(excluded - {case.case_id for case in cases}):
+            raise InputError(f"exclude names {unknown[0]!r}, which is no case of the data set.")
+        cases = [case for case in cases if case.case_id not in excluded]
+        keys = [_case_key(cls, settings, case) for case in cases]
+        name = f"{cls.config_name(settings)}-{_digest(keys)}"
         with _quiet_log():
-            if self.is_prepared():
-                return
-        self._num_workers, self._progress = num_workers, progress
-        self._num_cases = sum(len(cases) for cases in self.list_cases().values())
-        self._num_done = 0
-        self._report()
-        tfds.disable_progress_bar()
-        try:
-            with _quiet_log():
-                self.download_and_prepare()
-        except (OSError, RuntimeError) as error:
-            # array_record has no type of its own for a disk that is full, but says what failed.
-            if not isinstance(error, OSError) and "write() failed" not in str(error):
-                raise
-            raise InputError(
-                f"{self.data_dir}: the data set cannot be written; "
-                "check its permissions and that the disk has room."
-            ) from error
-        finally:
-            root = Path(self.data_dir_root)
-            for folder in (Path(self.data_dir).parent, root / "downloads" / "extracted"):
-                _remove_empty_folders(folder, top=root)
+            return cls(
+                config=RecordsConfig(name=name, settings=settings, cases=cases),
+                data_dir=data_dir,
+                file_format="array_record",
+            )
 
     @classmethod
     @abc.abstractmethod
-    def create(cls, settings: Any, *, data_dir: str | os.PathLike) -> "RecordsBuilder":
-        """Makes the builder of these settings, by `create_builder`; nothing is built yet."""
+    def find_cases(cls, settings: Any) -> list[Case]:
+        """All cases of the source, in the order of the records; cheap, and checks what it can."""
+
+    @classmethod
+    @abc.abstractmethod
+    def config_name(cls, settings: Any) -> str:
+        """Readable part of the config's name: letters, digits, dots, dashes, underscores."""
 
     @property
     @abc.abstractmethod
@@ -109,88 +150,155 @@ class RecordsBuilder(tfds.core.GeneratorBasedBuilder, abc.ABC, skip_registration
         """Classes of the labels, background included."""
 
     @abc.abstractmethod
-    def list_cases(self) -> dict[str, Sequence[Any]]:
-        """The cases of each split, in the order of the records; cheap, and checks what it can."""
+    def split_cases(self) -> dict[str, list[Case]]:
+        """The cases of ``train``, ``val`` and, where there is one, ``test``."""
 
     @abc.abstractmethod
-    def prepare_case(self, case: Any) -> dict[str, Any]:
-        """One case as a record, by `create_record`; runs in several threads at once."""
+    def read_case(self, case: Case) -> ReadCase:
+        """Reads and checks one case; runs in several threads at once."""
 
-    def _split_generators(self, dl_manager: Any) -> dict[str, Iterator]:
-        del dl_manager  # Nothing is downloaded.
-        return {split: self._generate_examples(cases) for split, cases in self.list_cases().items()}
+    @property
+    @abc.abstractmethod
+    def preparation(self) -> dict[str, Any]:
+        """The arguments of `prepare_image`, shape included."""
 
-    def _generate_examples(self, cases: Sequence[Any]) -> Iterator[tuple[int, dict[str, Any]]]:
-        records = _map_in_order(self.prepare_case, cases, num_workers=self._num_workers)
-        for index, record in enumerate(records):
-            yield index, record
-            self._num_done += 1
-            self._report()
+    @property
+    def settings(self) -> Any:
+        """The settings, an instance of ``SETTINGS``."""
+        return self.builder_config.settings
 
-    def _report(self) -> None:
-        if self._progress is not None:
-            self._progress(self._num_done, self._num_cases)
+    @property
+    def cases(self) -> Sequence[Case]:
+        """All cases, in the order of the records."""
+        return self.builder_config.cases
 
-    # tfds prints a line before and after a build; whoever calls `prepare` reports in its own way.
-    def _log_download_bytes(self) -> None: ...
+    def prepare(
+        self,
+        *,
+        num_workers: int = 1,
+        progress: Progress | None = None,
+        warn: Callable[[str], None] | None = None,
+    ) -> None:
+        """Builds the data set, or goes on with its build; one that is there is left alone.
 
-    def _log_download_done(self) -> None: ...
+        Args:
+          num_workers: Threads that prepare cases; the records do not depend on it.
+          progress: Called with (cases done, cases in all) at the start and after each case.
+          warn: Called with a line for every case that cannot be prepared but the first, which the
+            error names.
 
+        Raises:
+          InputError: If cases cannot be prepared, once all others are; or if the files cannot be
+            written. What was prepared is kept for the next time.
+        """
+        self.split_cases()  # Says if there are too few.
+        with _quiet_log():
+            prepared = self.is_prepared()
+        try:
+            if not prepared:
+                self._stage_cases(num_workers=num_workers, progress=progress, warn=warn)
+                tfds.disable_progress_bar()
+                with _quiet_log():
+                    self.download_and_prepare()
+            self._write_table()
+        except (OSError, RuntimeError) as error:
+            # array_record has no type of its own for a disk that is full, but says what failed.
+            if not isinstance(error, OSError) and "write() failed" not in str(error):
+                raise
+            raise InputError(
+                f"{self.data_dir}: the data set cannot be written; check its permissions and that "
+                "the disk has room. What was prepared is kept: the next attempt goes on from it."
+            ) from error
+        finally:
+            root = Path(self.data_dir_root)
+            for folder in (
+                Path(self.data_dir).parent,
+                self._staging,
+                root / "downloads" / "extracted",
+            ):
+                _remove_empty_folders(folder, top=root)
 
-def create_builder(
-    builder_class: type[RecordsBuilder],
-    settings: Any,
-    *,
-    name: str,
-    fingerprint: Any,
-    data_dir: str | os.PathLike,
-) -> RecordsBuilder:
-    """Makes a builder whose config name says on what its records depend.
+    def prepare_case(self, case: Case) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Reads and prepares one case.
 
-    Args:
-      builder_class: Of which data set.
-      settings: Its settings, an instance of ``builder_class.SETTINGS``.
-      name: Readable part of the config's name: letters, digits, dots, dashes, underscores.
-      fingerprint: JSON-able; whatever the records depend on and the settings do not say.
-      data_dir: Folder of prepared data sets.
+        Args:
+          case: Of ``cases``.
 
-    Returns:
-      The builder; nothing is built yet.
-    """
-    depends_on = json.dumps([dataclasses.asdict(settings), fingerprint], sort_keys=True)
-    digest = hashlib.sha256(depends_on.encode()).hexdigest()[:12]
-    with _quiet_log():
-        return builder_class(
-            config=RecordsConfig(name=f"{name}-{digest}", settings=settings),
-            data_dir=data_dir,
-            file_format="array_record",
-        )
+        Returns:
+          Its record, for tfds to encode, and its row of ``cases.csv``.
 
+        Raises:
+          InputError: If anything about the case is not as it must be.
+        """
+        read = self.read_case(case)
+        image = prepare_image(read.image, **self.preparation)
+        labels = prepare_labels(read.labels, image)
+        start, stop = content_box(read.image, image)
+        lesions = [label_components(item.array)[1] for item in (read.labels, labels)]
+        volumes_mm3 = [
+            np.count_nonzero(item.array) * float(np.prod(item.spacing))
+            for item in (read.labels, labels)
+        ]
+        notes = list(read.notes)
+        if lesions[0] != lesions[1]:
+            notes.append(f"{lesions[0]} lesions became {lesions[1]}")
+        if abs(volumes_mm3[1] - volumes_mm3[0]) > _MAX_VOLUME_CHANGE * volumes_mm3[0]:
+            notes.append(f"{volumes_mm3[0]:.0f} mm3 of lesions became {volumes_mm3[1]:.0f} mm3")
+        record = {
+            "image": image.array,
+            "labels": labels.array,
+            "case_id": case.case_id,
+            "spacing": np.float32(image.spacing),
+            "content_start": start,
+            "content_stop": stop,
+            "lesion_volume_mm3": np.float32(volumes_mm3[0]),
+            "roughness": np.float32(read.roughness),
+        }
+        row = {
+            "case_id": case.case_id,
+            "lesions": lesions[0],
+            "lesions_prepared": lesions[1],
+            "volume_mm3": volumes_mm3[0],
+            "volume_prepared_mm3": volumes_mm3[1],
+            "notes": "; ".join(notes),
+        }
+        return record, row
 
-def create_info(
-    builder: RecordsBuilder, *, description: str, shape: tuple[int, int, int], num_channels: int
-) -> tfds.core.DatasetInfo:
-    """The features of a record.
+    def read_table(self) -> list[dict[str, str]]:
+        """The rows of ``cases.csv`` of a data set that is prepared."""
+        with (Path(self.data_dir) / "cases.csv").open(newline="", encoding="utf-8") as file:
+            return list(csv.DictReader(file))
 
-    Args:
-      builder: Whose records.
-      description: Of the data set, in prose.
-      shape: Voxels of the prepared grid.
-      num_channels: Channels of an image.
+    def num_cases(self, split: str) -> int:
+        """How many cases a split has."""
+        return len(self.split_cases().get(split, ()))
 
-    Returns:
-      The info, with ``image`` float32 ``[X, Y, Z, C]``, normalised; ``labels`` uint8
-      ``[X, Y, Z]``; ``case_id``; ``spacing`` float32 ``[3]``, mm; ``content_start`` and
-      ``content_stop`` int32 ``[3]``, the box of voxels that are not padding;
-      ``lesion_volume_mm3``, of the whole foreground before it was resampled or cropped; and
-      ``roughness`` of the lesion surface, NaN where it is not known.
-    """
-    # Volumes as bytes: a list of floats in a protocol buffer is an order slower to decode.
-    volume = {"encoding": tfds.features.Encoding.BYTES}
-    vector = {"shape": (3,), "dtype": np.int32}
-    features = tfds.features.FeaturesDict(
-        {
-            "image": tfds.features.Tensor(shape=(*shape, num_channels), dtype=np.float32, **volume),
+    def as_data_source(self, split: str, **options: Any) -> Any:
+        """Records by index.
+
+        Args:
+          split: ``"train"``, ``"val"`` or ``"test"``; otherwise as tfds takes it, of ``cases``.
+          **options: Of tfds.
+
+        Returns:
+          A sequence of decoded records.
+        """
+        splits = self.split_cases()
+        if split not in splits:
+            return super().as_data_source(split, **options)
+        places = {case.case_id: index for index, case in enumerate(self.cases)}
+        stored = super().as_data_source(_STORED_SPLIT, **options)
+        return _Selection(stored, [places[case.case_id] for case in splits[split]])
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        # Volumes as bytes: a list of floats in a protocol buffer is an order slower to decode.
+        volume = {"encoding": tfds.features.Encoding.BYTES}
+        vector = {"shape": (3,), "dtype": np.int32}
+        shape = self.preparation["shape"]
+        features = {
+            "image": tfds.features.Tensor(
+                shape=(*shape, self.num_channels), dtype=np.float32, **volume
+            ),
             "labels": tfds.features.Tensor(shape=shape, dtype=np.uint8, **volume),
             "case_id": tfds.features.Text(),
             "spacing": tfds.features.Tensor(shape=(3,), dtype=np.float32),
@@ -199,62 +307,179 @@ def create_info(
             "lesion_volume_mm3": tfds.features.Scalar(dtype=np.float32),
             "roughness": tfds.features.Scalar(dtype=np.float32),
         }
-    )
-    return tfds.core.DatasetInfo(
-        builder=builder, description=description, features=features, disable_shuffling=True
-    )
+        return tfds.core.DatasetInfo(
+            builder=self,
+            description=type(self).__doc__,
+            features=tfds.features.FeaturesDict(features),
+            disable_shuffling=True,
+        )
+
+    @property
+    @abc.abstractmethod
+    def num_channels(self) -> int:
+        """Channels of an image."""
+
+    @property
+    def _staging(self) -> Path:
+        return Path(self.data_dir).parent.parent / ".cases"
+
+    @functools.cached_property
+    def _stages(self) -> list[Path]:
+        """Where each case is kept until the data set is whole."""
+        keys = [_case_key(type(self), self.settings, case) for case in self.cases]
+        return [self._staging / f"{key}.npz" for key in keys]
+
+    def _stage_cases(
+        self,
+        *,
+        num_workers: int,
+        progress: Progress | None,
+        warn: Callable[[str], None] | None,
+    ) -> None:
+        """Prepares the cases that were not before, each into a file of its own."""
+        todo = [i for i, path in enumerate(self._stages) if not path.exists()]
+        num_done, failures = len(self.cases) - len(todo), {}
+        self._staging.mkdir(parents=True, exist_ok=True)
+        pool = ThreadPoolExecutor(num_workers)
+        try:
+            if progress is not None:
+                progress(num_done, len(self.cases))
+            futures = {pool.submit(self._stage_case, index): index for index in todo}
+            for future in as_completed(futures):
+                try:
+                    future.result()
+                except InputError as error:
+                    failures[self.cases[futures[future]].case_id] = str(error)
+                    if len(failures) > 1 and warn is not None:
+                        warn(str(error))
+                    continue
+                num_done += 1
+                if progress is not None:
+                    progress(num_done, len(self.cases))
+        finally:
+            pool.shutdown(cancel_futures=True)
+        if failures:
+            ids = sorted(failures)
+            named = " ".join(ids[:10]) + (" ..." if len(ids) > 10 else "")
+            raise InputError(
+                f"{next(iter(failures.values()))} ({len(ids)} of {len(self.cases)} cases cannot be "
+                "prepared, the others are kept: mend the cases and prepare again, or leave them "
+                f"out with data.exclude: {named})"
+            )
+
+    def _stage_case(self, index: int) -> None:
+        record, row = self.prepare_case(self.cases[index])
+        path = self._stages[index]
+        partial = path.with_name(f"{uuid.uuid4().hex}.partial")
+        try:
+            with partial.open("wb") as file:
+                np.savez(file, row=json.dumps(row), **record)
+                file.flush()
+                os.fsync(file.fileno())
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
+
+    def _write_table(self) -> None:
+        """Writes ``cases.csv`` from what was staged, then removes that."""
+        stages = [path for path in self._stages if path.exists()]
+        path = Path(self.data_dir) / "cases.csv"
+        if not path.exists() and len(stages) == len(self._stages):
+            rows = []
+            for stage in stages:
+                with np.load(stage) as staged:
+                    rows.append(json.loads(str(staged["row"])))
+            text = io.StringIO(newline="")
+            writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(rows)
+            partial = path.with_name(f".{uuid.uuid4().hex}.partial")
+            partial.write_text(text.getvalue(), encoding="utf-8")
+            partial.replace(path)
+        for stage in stages:
+            stage.unlink(missing_ok=True)
+
+    def _split_generators(self, dl_manager: Any) -> dict[str, Iterator]:
+        del dl_manager  # Nothing is downloaded.
+        return {_STORED_SPLIT: self._generate_examples()}
+
+    def _generate_examples(self) -> Iterator[tuple[int, dict[str, Any]]]:
+        # Staged by `prepare`; prepared here for someone who calls tfds' own method.
+        for index, (path, case) in enumerate(zip(self._stages, self.cases, strict=True)):
+            if not path.exists():
+                self._staging.mkdir(parents=True, exist_ok=True)
+                self._stage_case(index)
+            with np.load(path) as staged:
+                record = {name: staged[name] for name in self.info.features}
+            yield index, record | {"case_id": case.case_id}
+
+    # tfds prints a line before and after a build; whoever calls `prepare` reports in its own way.
+    def _log_download_bytes(self) -> None: ...
+
+    def _log_download_done(self) -> None: ...
 
 
-def create_record(
-    image: Volume,
-    labels: Volume,
-    *,
-    original: Volume,
-    case_id: str,
-    lesion_volume_mm3: float,
-    roughness: float = math.nan,
-) -> dict[str, Any]:
-    """One case as a record of `create_info`.
+class _Selection(Sequence):
+    """Some records of a source, in an order of their own."""
+
+    def __init__(self, source: Sequence[Any], indices: Sequence[int]):
+        self._source, self._indices = source, indices
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def __getitem__(self, index: int) -> Any:
+        return self._source[self._indices[index]]
+
+
+def split_by_group(
+    cases: Sequence[Case], groups: Mapping[str, str], *, num_held_out: int, seed: int
+) -> tuple[list[Case], list[Case]]:
+    """Holds out whole groups of cases, such as all studies of a patient, drawn by a seed.
 
     Args:
-      image: Prepared, float32 ``[X, Y, Z, C]``.
-      labels: Prepared, uint8 ``[X, Y, Z]``.
-      original: The image before it was prepared, for the box of real voxels.
-      case_id: Unique in the data set.
-      lesion_volume_mm3: Volume of the foreground, at the source's resolution.
-      roughness: Of the lesion surface, if known.
+      cases: To be split.
+      groups: The group of each case id.
+      num_held_out: Cases to hold out; a few more if the last group drawn has several.
+      seed: Of the order in which groups are drawn.
 
     Returns:
-      The record, for tfds to encode.
+      The cases that remain and those held out, each in the order of ``cases``.
     """
-    start, stop = content_box(original, image)
-    return {
-        "image": image.array,
-        "labels": labels.array,
-        "case_id": case_id,
-        "spacing": np.float32(image.spacing),
-        "content_start": start,
-        "content_stop": stop,
-        "lesion_volume_mm3": np.float32(lesion_volume_mm3),
-        "roughness": np.float32(roughness),
-    }
+    names = sorted({groups[case.case_id] for case in cases})
+    sizes = dict.fromkeys(names, 0)
+    for case in cases:
+        sizes[groups[case.case_id]] += 1
+    held_out, count = set(), 0
+    for index in np.random.default_rng(seed).permutation(len(names)):
+        if count >= num_held_out:
+            break
+        held_out.add(names[index])
+        count += sizes[names[index]]
+    return (
+        [case for case in cases if groups[case.case_id] not in held_out],
+        [case for case in cases if groups[case.case_id] in held_out],
+    )
 
 
-def _map_in_order(
-    function: Callable[[Any], Any], items: Sequence[Any], *, num_workers: int
-) -> Iterator[Any]:
-    """Results in the order of the items; at most a few wait, so that memory does not grow."""
-    pending = collections.deque()
-    pool = ThreadPoolExecutor(num_workers)
-    try:
-        for item in items:
-            pending.append(pool.submit(function, item))
-            if len(pending) > 2 * num_workers:
-                yield pending.popleft().result()
-        while pending:
-            yield pending.popleft().result()
-    finally:
-        pool.shutdown(cancel_futures=True)
+def _case_key(builder_class: type[RecordsBuilder], settings: Any, case: Case) -> str:
+    """A digest of all that the record of a case depends on."""
+    values = dataclasses.asdict(settings)
+    free = (*builder_class.FREE_SETTINGS, "exclude")
+    depends_on = {name: value for name, value in values.items() if name not in free}
+    files = []
+    for path in case.files:
+        with contextlib.suppress(OSError):
+            stat = path.stat()
+            files.append((path.name, stat.st_size, stat.st_mtime_ns))
+    version = str(builder_class.VERSION)
+    return _digest(
+        [builder_class.__name__, version, depends_on, case.case_id, files, case.depends_on]
+    )
+
+
+def _digest(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
 
 
 @contextlib.contextmanager

@@ -142,12 +142,15 @@ def read_volume(path: str | os.PathLike) -> Volume:
     return volume
 
 
-def read_channels(paths: Sequence[Path], *, num_channels: int) -> Volume:
+def read_channels(
+    paths: Sequence[Path], *, num_channels: int, tolerance_mm: float = 1e-2
+) -> Volume:
     """Reads the files of one image and joins their channels.
 
     Args:
       paths: At least one; a file whose fourth dimension is channels brings all of them.
       num_channels: How many there must be in all.
+      tolerance_mm: Of the files' grids, see `grid_difference`; the first file's is kept.
 
     Returns:
       ``[X, Y, Z, C]``, channels in the order of the files.
@@ -158,7 +161,7 @@ def read_channels(paths: Sequence[Path], *, num_channels: int) -> Volume:
     """
     volumes = [read_volume(path) for path in paths]
     for path, volume in zip(paths, volumes, strict=True):
-        if difference := grid_difference(volume, volumes[0]):
+        if difference := grid_difference(volume, volumes[0], tolerance_mm=tolerance_mm):
             raise InputError(
                 f"{path}: expected the grid of {paths[0].name}, found {difference}; "
                 "resample the channels of a case onto one grid."

@@ -1,0 +1,1 @@
+"""The commands of ``afl-jax``, one file each."""

@@ -1,0 +1,248 @@
+"""Where the names of a config become objects: data, network, loss, optimizer."""
+
+import functools
+import inspect
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from rich.console import Console
+
+from afl_jax import loop, metrics, reports, statistics, training
+from afl_jax.config import Config, DataConfig, LossConfig
+from afl_jax.data import loader
+from afl_jax.errors import InputError, print_error
+from afl_jax.losses import LOSSES
+from afl_jax.models import zoo
+
+
+@contextmanager
+def as_input_error(where: str) -> Iterator[None]:
+    """Turns the ValueError of a library function into bad input.
+
+    Args:
+        where: Field, argument or file at fault.
+
+    Returns:
+        A context manager.
+    """
+    try:
+        yield
+    except InputError:
+        raise
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{where}: {error}") from error
+
+
+def create_loss(config: LossConfig, *, num_classes: int) -> Callable[..., jax.Array]:
+    """The loss with its options, tried on a volume of one voxel.
+
+    Args:
+        config: Name and options.
+        num_classes: Channels of the logits.
+
+    Returns:
+        ``(logits, labels, *, voxel_mask) -> [B]``.
+
+    Raises:
+        InputError: If the name, an option or its value is unknown.
+    """
+    if config.name not in LOSSES:
+        raise InputError(f"loss.name {config.name!r} is unknown: choose from {', '.join(LOSSES)}.")
+    loss_fn = LOSSES[config.name]
+    allowed = [
+        name
+        for name, parameter in inspect.signature(loss_fn).parameters.items()
+        if parameter.kind is parameter.KEYWORD_ONLY and name != "voxel_mask"
+    ]
+    options = dict(config.options)
+    if unknown := [name for name in options if name not in allowed]:
+        raise InputError(
+            f"loss.options {unknown[0]!r} is not an option of {config.name}: choose from "
+            f"{', '.join(allowed)}."
+        )
+    loss_fn = functools.partial(loss_fn, **options)
+    with as_input_error("loss.options"):
+        jax.eval_shape(loss_fn, jnp.zeros((1, 1, 1, 1, num_classes)), jnp.zeros((1, 1, 1, 1), int))
+    return loss_fn
+
+
+def create_model(config: Config, *, axis_name: str | None = None) -> nn.Module:
+    """The network, which fits the shapes of the data.
+
+    Args:
+        config: The run's.
+        axis_name: Mapped axis over which batch normalisation averages, or None.
+
+    Returns:
+        The Flax module.
+
+    Raises:
+        InputError: If the name is unknown or a shape does not fit the strides.
+    """
+    options = {
+        key: value for key, value in asdict(config.model).items() if key not in ("name", "dtype")
+    }
+    # The default, None, computes in the dtype of the parameters: float32.
+    dtype = jnp.bfloat16 if config.model.dtype == "bfloat16" else None
+    with as_input_error("model"):
+        model = zoo.create_model(config.model.name, **options, dtype=dtype, axis_name=axis_name)
+        for shape in (config.data.shape, config.data.patch_shape or config.data.shape):
+            zoo.check_image_shape((1, *shape, 1), strides=config.model.strides)
+    return model
+
+
+def create_optimizer(config: Config, *, num_steps: int) -> Any:
+    """The optimizer with its schedule.
+
+    Args:
+        config: The run's.
+        num_steps: Steps an epoch.
+
+    Returns:
+        An optax transformation.
+
+    Raises:
+        InputError: If an option is out of its range.
+    """
+    options = asdict(config.optimizer)
+    name, learning_rate = options.pop("name"), options.pop("learning_rate")
+    frozen = ("encoder",) if options.pop("freeze_encoder") else ()
+    with as_input_error("optimizer"):
+        schedule = training.create_schedule(
+            options.pop("schedule"),
+            learning_rate=learning_rate,
+            num_steps=config.num_epochs * num_steps,
+            num_warmup_steps=options.pop("num_warmup_steps"),
+        )
+        return training.create_optimizer(name, learning_rate=schedule, frozen=frozen, **options)
+
+
+def create_tensorboard_log(out: Path) -> Callable[[loop.Row], None]:
+    """A function that writes a row of metrics where TensorBoard finds it.
+
+    Args:
+        out: Folder of the run.
+
+    Returns:
+        Takes the row of an epoch.
+
+    Raises:
+        InputError: If tensorboardX is not installed.
+    """
+    try:
+        from tensorboardX import SummaryWriter
+    except ImportError as error:
+        raise InputError(
+            '--tensorboard needs an extra package: pip install "afl-jax[tensorboard]".'
+        ) from error
+
+    def log(row: loop.Row) -> None:
+        with SummaryWriter(str(out / "tensorboard")) as writer:
+            for name, value in row.items():
+                writer.add_scalar(name, value, row["epoch"])
+
+    return log
+
+
+def create_builder(config: DataConfig) -> loader.RecordsBuilder:
+    """The builder of a data set; nothing is prepared.
+
+    Args:
+        config: Which data set, and how.
+
+    Returns:
+        The builder.
+    """
+    return loader.create_records_builder(config.name, data_dir=config.data_dir, **_settings(config))
+
+
+def prepare_data(config: DataConfig, console: Console) -> loader.RecordsBuilder:
+    """The builder of a data set, which is prepared unless it was before.
+
+    Args:
+        config: Which data set, and how.
+        console: Where progress is shown.
+
+    Returns:
+        The builder.
+    """
+    with reports.progress_bar(console) as progress:
+        task = progress.add_task(f"preparing {config.name}", total=None)
+        return loader.prepare(
+            config.name,
+            data_dir=config.data_dir,
+            num_workers=os.cpu_count() or 1,
+            progress=lambda done, total: progress.update(task, completed=done, total=total),
+            warn=print_error,
+            **_settings(config),
+        )
+
+
+def _settings(config: DataConfig) -> dict[str, Any]:
+    """What of a config the builder takes."""
+    ours = ("name", "data_dir", "patch_shape")
+    return {
+        key: value for key, value in asdict(config).items() if key not in ours and value is not None
+    }
+
+
+def create_loader(builder: Any, split: str, config: Config) -> Any:
+    """Batches: endless and shuffled to train, in order and once otherwise.
+
+    Args:
+        builder: Of a prepared data set.
+        split: ``"train"``, ``"val"`` or ``"test"``.
+        config: The run's.
+
+    Returns:
+        See `loader.create_loader`.
+    """
+    is_train = split == "train"
+    return loader.create_loader(
+        builder.as_data_source(split),
+        batch_size=config.batch_size,
+        seed=config.seed,
+        shuffle=is_train,
+        num_epochs=None if is_train else 1,
+    )
+
+
+def loss_statistics(labels: jax.Array, *, voxel_mask: jax.Array) -> dict[str, jax.Array]:
+    """What is logged of the labels of a batch.
+
+    Args:
+        labels: ``[B, *spatial]``.
+        voxel_mask: ``[B, *spatial]``, the voxels that exist.
+
+    Returns:
+        ``gamma`` ``[B]``.
+    """
+    return {"gamma": statistics.focusing_gamma(labels, voxel_mask=voxel_mask)}
+
+
+def count(
+    prediction: jax.Array, labels: jax.Array, *, voxel_mask: jax.Array | None, num_classes: int
+) -> metrics.ConfusionCounts:
+    """Confusion counts; with up to two classes all foreground is one.
+
+    Args:
+        prediction: ``[B, *spatial]``.
+        labels: ``[B, *spatial]``.
+        voxel_mask: ``[B, *spatial]``, the voxels that exist; all if None.
+        num_classes: Background included.
+
+    Returns:
+        See `metrics.confusion_counts`.
+    """
+    if num_classes <= 2:
+        prediction, labels = prediction > 0, labels > 0
+    return metrics.confusion_counts(
+        prediction, labels, num_classes=num_classes, voxel_mask=voxel_mask
+    )
