@@ -43,6 +43,10 @@ _TRUTH_COLOUR, _PREDICTION_COLOUR = _SKY_BLUE, _ORANGE
 _CURVE_COLOURS = ["#0072B2", "#D55E00", _GREEN, _PURPLE, _ORANGE, _SKY_BLUE]
 
 
+# Of a table with a row per case, which fits 80 characters.
+_MAX_COLUMNS = 7
+
+
 class Summary(NamedTuple):
     """Mean of a metric over the cases where it is defined, with its interval."""
 
@@ -203,9 +207,12 @@ def case_table(rows: Sequence[Row], *, title: str) -> Table:
         title: above the table.
 
     Returns:
-        A table for `rich.console.Console.print`.
+        A table for `rich.console.Console.print`; with more metrics than fit a narrow terminal,
+        one row per metric, without the cases.
     """
     columns, summaries = _columns(rows), summarise(rows)
+    if len(columns) > _MAX_COLUMNS:
+        return _metric_table(summaries, title=title)
     table = Table(
         title=title,
         box=box.SIMPLE_HEAD,
@@ -232,6 +239,16 @@ def case_table(rows: Sequence[Row], *, title: str) -> Table:
         cells = {column: _format(getattr(summaries[column], field)) for column in summaries}
         # The first column names the case, so it names the summary too.
         table.add_row(name, *[cells.get(column, "") for column in columns[1:]], style=style)
+    return table
+
+
+def _metric_table(summaries: Mapping[str, Summary], *, title: str) -> Table:
+    """One row per metric: mean, 95 % interval and number of cases."""
+    table = Table(title=title, box=box.SIMPLE_HEAD, title_style="bold", title_justify="left")
+    for column in ("metric", "mean", "95 % from", "to", "cases"):
+        table.add_column(column, justify="left" if column == "metric" else "right")
+    for name, summary in summaries.items():
+        table.add_row(name, *[_format(value) for value in summary])
     return table
 
 

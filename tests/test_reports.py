@@ -128,6 +128,14 @@ def test_table_lists_cases_then_mean_interval_and_count():
     assert lines[6] == ["cases", "2", "3"]
 
 
+def test_a_table_of_many_metrics_has_a_row_for_each():
+    names = [f"metric_{index}" for index in range(9)]
+    rows = [{"case_id": case} | dict.fromkeys(names, value) for case, value in (("a", 1), ("b", 3))]
+    _title, header, _rule, *lines = printed(rows, width=60)
+    assert header == ["metric", "mean", "95", "%", "from", "to", "cases"]
+    assert lines == [[name, "2.000", "1.000", "3.000", "2"] for name in names]
+
+
 def test_a_narrow_table_cuts_nothing_off():
     rows = [{"case_id": "prostate_10000_1000000", "dice": 0.123, "sensitivity": 0.456}]
     text = "".join("".join(line) for line in printed(rows, width=32))

@@ -5,9 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import linen as nn
 
 from afl_jax import adaptive_focal_loss, create_model, parallel, training
 from afl_jax.data.augment import augment
+from afl_jax.models import blocks
 
 
 def linear_apply(variables, image, *, train, mutable=()):
@@ -211,11 +213,23 @@ TINY = {
 }
 
 
-def run_steps(num_devices: int, num_steps: int = 3):
-    """A tiny network with synchronised batch normalisation and augmentation, in float64."""
+class TwoLayers(nn.Module):
+    """What compiles in a second and has all that devices must agree on."""
+
+    axis_name: str | None
+
+    @nn.compact
+    def __call__(self, x, *, train):
+        x = blocks.Conv(4, (3, 3, 3))(x)
+        x = nn.relu(blocks.BatchNorm(axis_name=self.axis_name)(x, train=train))
+        return blocks.Conv(2, (1, 1, 1), use_bias=True)(x)
+
+
+def run_steps(num_devices: int, create_fn, num_steps: int = 3):
+    """A network with synchronised batch normalisation and augmentation, in float64."""
     devices = jax.local_devices()[:num_devices]
     axis_name = parallel.axis_name(devices)
-    model = create_model("resnet18_unet", axis_name=axis_name, **TINY)
+    model = create_fn(axis_name=axis_name)
     variables = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 8, 8, 4, 1)))
     variables = jax.tree.map(lambda x: x.astype(jnp.float64) if x.ndim else x, variables)
     state = training.create_train_state(
@@ -253,11 +267,19 @@ def run_steps(num_devices: int, num_steps: int = 3):
     return np.array(losses), jax.device_get(parallel.unreplicate(state, devices).variables)
 
 
-def test_one_and_several_devices_take_the_same_steps(x64):
-    losses, variables = run_steps(1)
+@pytest.mark.parametrize(
+    ("create_fn", "nums_devices"),
+    [
+        (TwoLayers, (2, 4, 8)),
+        (functools.partial(create_model, "resnet18_unet", **TINY), (2,)),
+    ],
+    ids=["two layers", "resnet18_unet"],
+)
+def test_one_and_several_devices_take_the_same_steps(x64, create_fn, nums_devices):
+    losses, variables = run_steps(1, create_fn)
     assert len(set(losses)) == 3
-    for num_devices in (2, 4, 8):
-        other_losses, other_variables = run_steps(num_devices)
+    for num_devices in nums_devices:
+        other_losses, other_variables = run_steps(num_devices, create_fn)
         np.testing.assert_allclose(other_losses, losses, rtol=1e-9)
         jax.tree.map(
             functools.partial(np.testing.assert_allclose, rtol=1e-6, atol=1e-9),

@@ -204,14 +204,14 @@ def resample_to(
 def resample_labels(labels: Volume, reference: Volume) -> Volume:
     r"""Resamples a class map onto another grid so that every lesion keeps its volume.
 
-    A lesion is a 26-connected component of the foreground. Of the reference's voxels it takes the
+    A lesion is a 26-connected component of the foreground, of volume V. It takes the
 
-    .. math:: n = \max(1, \mathrm{round}(\textstyle\sum_v c_v))
+    .. math:: n = \max(1, \mathrm{round}(V / v))
 
-    that it covers most, where c is the covered share of a voxel: as many as its volume inside of
-    the grid fills, one at least. A threshold on c, such as nearest interpolation is, would lose
-    lesions that are thinner than a voxel, and c > 0 makes all of them grow. Each voxel gets the
-    class that covers most of it.
+    voxels of volume v that it covers most; of a lesion that the grid cuts off, V is what lies
+    inside. A threshold on the covered share, such as nearest interpolation is, would lose lesions
+    that are thinner than a voxel; to take every voxel that is touched makes all of them grow. Each
+    voxel gets the class that covers most of it.
 
     Args:
       labels: uint8 ``[X, Y, Z]``, 0 = background.
@@ -376,40 +376,47 @@ def _copy_voxels(volume: Volume, reference: Volume, *, fill: float) -> np.ndarra
 
 def _paint_lesion(array: np.ndarray, lesion: Volume, reference: Volume) -> None:
     """Writes one lesion into the array of a class map on the reference's grid."""
-    # The voxels of the reference that it may reach, one more on either side.
-    to_index = np.linalg.inv(reference.matrix)
-    corners = np.array(list(itertools.product(*((-1, n) for n in lesion.shape)))).T
-    points = np.reshape(lesion.origin, (3, 1)) + lesion.matrix @ corners
-    indices = to_index @ (points - np.reshape(reference.origin, (3, 1)))
-    start = np.clip(np.floor(indices.min(axis=1)), 0, reference.shape).astype(int)
-    stop = np.clip(np.ceil(indices.max(axis=1)) + 1, 0, reference.shape).astype(int)
-    if np.any(stop <= start):
+    # Its voxels in indices of the reference, and how much of each lies inside of that grid.
+    points = np.reshape(lesion.origin, (3, 1)) + lesion.matrix @ np.stack(np.nonzero(lesion.array))
+    indices = np.linalg.solve(reference.matrix, points - np.reshape(reference.origin, (3, 1)))
+    step = np.linalg.solve(reference.matrix, lesion.matrix)
+    end = np.reshape(reference.shape, (3, 1)) - 0.5
+    thirds = itertools.product((-1 / 3, 0, 1 / 3), repeat=3)
+    parts_inside = [
+        ((shifted >= -0.5) & (shifted < end)).all(axis=0)
+        for shifted in (indices + np.reshape(step @ third, (3, 1)) for third in thirds)
+    ]
+    num_inside = float(np.mean(parts_inside, axis=0).sum())
+    if num_inside == 0:
         return
-    # Each of them is sampled at two points at least for every voxel of the lesion's grid.
-    lesion_voxels = np.abs(np.linalg.inv(lesion.matrix) @ reference.matrix).max(axis=0)
+    num_voxels = max(1, round(num_inside * abs(np.linalg.det(step))))
+
+    reach = np.abs(step).sum(axis=1)
+    start = np.clip(np.floor(indices.min(axis=1) - reach), 0, None).astype(int)
+    stop = np.ceil(indices.max(axis=1) + reach).astype(int) + 1
+    stop = np.minimum(stop, reference.shape)
+    # Along each axis of each voxel, two points at least for every voxel of the lesion's grid.
+    lesion_voxels = np.abs(np.linalg.inv(step)).max(axis=0)
     parts = np.clip(np.ceil(2 * lesion_voxels), 2, _MAX_SAMPLES).astype(int)
-    first = start + (0.5 / parts - 0.5)
     samples = _empty_grid(
         tuple((stop - start) * parts),
         tuple(np.divide(reference.spacing, parts)),
-        tuple(reference.origin + reference.matrix @ first),
+        tuple(reference.origin + reference.matrix @ (start + 0.5 / parts - 0.5)),
         reference.direction,
     )
     padded = np.pad(lesion.array, 1)
     origin = tuple(lesion.origin - lesion.matrix.sum(axis=1))
     cover = {}
     for value in np.unique(padded[padded > 0]).tolist():
-        volume = dataclasses.replace(lesion, array=(padded == value) * 1.0, origin=origin)
-        sampled = interpolate(volume, samples, interpolation="linear", fill=0.0)
+        part = dataclasses.replace(lesion, array=(padded == value).astype(np.uint8), origin=origin)
+        # Linear, so that of two voxels at the rim the one nearer to the middle counts more.
+        sampled = interpolate(part, samples, interpolation="linear", fill=0.0)
         blocks = itertools.chain(*zip(stop - start, parts, strict=True))
-        cover[value] = sampled.reshape(*blocks).mean(axis=(1, 3, 5), dtype=np.float64)
+        cover[value] = sampled.reshape(*blocks).mean(axis=(1, 3, 5))
     total = sum(cover.values())
-    if total.sum() == 0:
-        return
     target = array[tuple(slice(*ends) for ends in zip(start, stop, strict=True))]
     # What another lesion took stays its own.
     total[target > 0] = 0
-    num_voxels = max(1, round(float(total.sum())))
     order = np.argsort(-total, axis=None, kind="stable")[:num_voxels]
     chosen = np.unravel_index(order[total.ravel()[order] > 0], total.shape)
     values = np.array(list(cover), np.uint8)

@@ -1,0 +1,127 @@
+"""PI-CAI 2022: the paper's run, and the one that we would do in its place, from the raw files.
+
+Claim: none yet. The paper reports a soft Dice of 0.769 for A-FL, chosen and measured on the test
+cases; what stands here is measured once, on an official fold, on T2W's own grid.
+
+    python -m experiments.picai2022 --source picai --out runs/picai2022
+
+``--source`` holds ``images`` and ``picai_labels``, see ``afl_jax/data/picai2022.py``. The runs are
+presets, so that ``afl-jax prepare picai2022`` and ``afl-jax train picai2022`` do the same by hand:
+
+- ``picai2022``, the paper's: 220 positive cases of the experts, stretched to 160 x 128 x 24, SGD at
+  0.1, batch 1, 200 epochs: 28,000 steps of 248 GFLOP for 141 training cases;
+- ``picai2022-recommended``: all 1500 cases with 425 positives, 0.5 x 0.5 x 3 mm, 256 x 256 x 20,
+  AdamW, batch 4, 100 epochs: 24,000 steps of RECOMMENDED_GFLOP GFLOP for 960 training cases.
+
+Cost: the first takes 28,000 x 4 s = 31 hours on two CPU cores, and the second is meant for a GPU.
+Neither was run on one yet. ``--smoke`` runs both on ten generated cases, with a narrow network and
+a short budget, in SMOKE_PICAI on two cores: it shows that the path is whole, nothing else.
+"""
+
+import dataclasses
+import os
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from afl_jax.config import Config
+from afl_jax.errors import InputError, print_error
+from afl_jax.presets import PRESETS
+from experiments.end_to_end import run_all, shrink
+
+RUNS = {name: PRESETS[name] for name in ("picai2022", "picai2022-recommended")}
+
+
+def main(
+    out: Path,
+    source: Path | None = None,
+    data_dir: Path = Path("data"),
+    runs: tuple[str, ...] = tuple(RUNS),
+    fold: Annotated[int, tyro.conf.arg(help="Official fold to test on, from 0 to 4.")] = 0,
+    smoke: bool = False,
+) -> int:
+    """Trains, predicts and evaluates; ends with one table.
+
+    Args:
+        out: Folder of the runs.
+        source: Folder with images and picai_labels; not with --smoke.
+        data_dir: Where prepared data sets are kept.
+        runs: Which of the runs.
+        fold: Official fold to test on, from 0 to 4.
+        smoke: A trial of the whole path on generated cases.
+
+    Returns:
+        The exit code.
+    """
+    if unknown := sorted(set(runs) - set(RUNS)):
+        raise InputError(f"no run is called {unknown[0]!r}: choose from {', '.join(RUNS)}.")
+    if (source is None) != smoke:
+        raise InputError("give either --source or --smoke.")
+    configs = {name: with_fold(RUNS[name], fold) for name in runs}
+    if not smoke:
+        return run_all(configs, source=source, out=out, data_dir=data_dir)
+    from tests.official_layouts import make_picai2022
+
+    real_data = os.environ.get("AFL_JAX_REAL_DATA")
+    with tempfile.TemporaryDirectory() as folder:
+        made = make_picai2022(
+            Path(folder, "raw"), num_cases=10, real_data=Path(real_data) if real_data else None
+        )
+        configs = {
+            name: with_smaller_volumes(shrink(config, num_epochs=6))
+            for name, config in configs.items()
+        }
+        return run_all(configs, source=made, out=out, data_dir=Path(folder, "data"))
+
+
+def with_fold(config: Config, fold: int) -> Config:
+    """The run with another official fold as its test split.
+
+    Args:
+        config: The run.
+        fold: From 0 to 4.
+
+    Returns:
+        The run.
+    """
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, fold=fold))
+
+
+def with_smaller_volumes(config: Config) -> Config:
+    """The run on a coarser grid, that its strides divide.
+
+    Args:
+        config: The run.
+
+    Returns:
+        The run.
+    """
+    if config.data.resize:
+        data = dataclasses.replace(config.data, shape=(96, 64, 24))
+    else:
+        data = dataclasses.replace(config.data, shape=(96, 96, 20), spacing=(1.2, 1.2, 3.0))
+    return dataclasses.replace(config, data=data)
+
+
+def run(arguments: Sequence[str] | None = None) -> int:
+    """The script: `main` with the arguments of the command line.
+
+    Args:
+        arguments: In place of the command line's.
+
+    Returns:
+        The exit code; 2 after bad input.
+    """
+    try:
+        return tyro.cli(main, args=arguments)
+    except InputError as error:
+        print_error(error)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(run())
