@@ -225,7 +225,7 @@ def _paint_tumour(
     points = np.moveaxis(np.indices(shape), 0, -1)
     middle = (np.array(shape) - 1) / 2
     brain = np.linalg.norm((points - middle) / (0.42 * np.array(shape)), axis=-1) < 1
-    size = np.array(shape) // 4
+    size = np.array(shape) // 3
     if lesion is not None and lesion.any():
         crop = lesion[ndimage.find_objects(lesion.astype(np.uint8))[0]].astype(np.float32)
         blob = ndimage.zoom(np.pad(crop, 1), size / (np.array(crop.shape) + 2), order=1) > 0.4
@@ -240,8 +240,9 @@ def _paint_tumour(
     depth = ndimage.distance_transform_edt(whole)
     labels = np.zeros(shape, np.uint8)
     labels[whole] = 2
-    labels[depth > 0.35 * depth.max()] = 4
-    labels[depth > 0.65 * depth.max()] = 1
+    # Of the smallest tumours, too, the outermost voxels are oedema.
+    labels[depth > max(1, 0.35 * depth.max())] = 4
+    labels[depth > max(1.5, 0.65 * depth.max())] = 1
     return labels, brain | whole
 
 
