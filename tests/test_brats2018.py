@@ -219,7 +219,7 @@ def test_a_bad_case_is_named_and_the_others_are_kept(source, tmp_path, damage):
     with pytest.raises(InputError, match=one_line(text)):
         builder.prepare()
     assert not builder.is_prepared()
-    assert len(list((tmp_path / "data").rglob("*.npz"))) == 9
+    assert len(list((tmp_path / "data").rglob("*.record"))) == 9
 
 
 @pytest.mark.parametrize(

@@ -235,7 +235,7 @@ def test_bad_data_is_one_line_and_only_good_cases_are_kept(damage, tmp_path, cap
     assert error.count("\n") == 1
     assert not out.exists()
     left = [path for path in data_dir.rglob("*") if path.is_file()]
-    assert all(path.parent.name == ".cases" and path.suffix == ".npz" for path in left)
+    assert all(path.parent.name == ".cases" and path.suffix == ".record" for path in left)
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from afl_jax.data import records
 from afl_jax.data.folder import Folder, FolderSettings
 from afl_jax.data.volume import Volume, write_volume
 from afl_jax.errors import InputError
@@ -325,7 +326,7 @@ def test_bad_input_is_named_in_one_line_and_leaves_good_cases_only(source, tmp_p
     with pytest.raises(InputError, match=one_line(text)):
         prepare(source, data_dir)
     left = [path for path in data_dir.rglob("*") if path.is_file()]
-    assert all(path.suffix == ".npz" and path.parent.name == ".cases" for path in left)
+    assert all(path.suffix == ".record" and path.parent.name == ".cases" for path in left)
     assert len(left) in (0, 4)
 
 
@@ -353,7 +354,7 @@ def test_every_bad_case_is_named_and_a_mended_build_goes_on(source, tmp_path, mo
     builder.prepare()
     assert read == ["case_1"]
     assert sorted(read_all(builder)) == ["case_0", "case_1", "case_3", "case_4"]
-    assert not list((tmp_path / "data").rglob("*.npz")), "what was staged is removed"
+    assert not list((tmp_path / "data").rglob("*.record")), "what was staged is removed"
 
 
 def test_a_case_that_is_not_there_cannot_be_excluded(source, tmp_path):
@@ -374,23 +375,46 @@ def test_the_table_says_what_became_of_every_case(source, tmp_path):
     assert rows["case_0"]["notes"] == ""
 
 
-def test_a_disk_that_fills_up_is_named_and_leaves_earlier_builds_only(source, tmp_path):
+@pytest.mark.parametrize("moment", ["a case is written", "the cases are joined"])
+def test_a_disk_that_fills_up_is_named_and_the_build_goes_on_later(source, tmp_path, moment):
     data_dir = tmp_path / "data"
     prepare(source, data_dir)
     earlier = sorted(data_dir.rglob("*"))
+    settings = FolderSettings(source=str(source), shape=(8, 8, 4), num_val=2)
+    builder = Folder.create(settings, data_dir=data_dir)
+    if moment == "the cases are joined":
+        builder._staging.mkdir(exist_ok=True)
+        builder._stage_cases(num_workers=1, progress=None, warn=None)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    # A record is 1.5 kB; compressed, all of them are more, too.
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
     try:
         with pytest.raises(InputError, match=one_line("the data set cannot be written")):
-            prepare(source, data_dir, shape=(8, 8, 4))
+            builder.prepare()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert sorted(data_dir.rglob("*")) == earlier
+    assert not builder.is_prepared()
+    left = sorted(path for path in data_dir.rglob("*") if path.suffix != ".record")
+    assert [path for path in left if path.name != ".cases"] == earlier
+    builder.prepare()
+    assert len(read_all(builder)) == 5
+
+
+def test_records_are_in_order_across_shards(source, tmp_path, monkeypatch):
+    expected = read_all(prepare(source, tmp_path / "one"))
+    monkeypatch.setattr(records, "_SHARD_BYTES", 4000)
+    builder = prepare(source, tmp_path / "several")
+    shards = sorted(Path(builder.data_dir).glob("*.array_record*"))
+    assert len(shards) > 1
+    found = read_all(builder)
+    for case in (case for cases in builder.split_cases().values() for case in cases):
+        np.testing.assert_array_equal(found[case.case_id]["image"], expected[case.case_id]["image"])
 
 
 def test_a_killed_build_goes_on_and_no_case_is_prepared_twice(source, tmp_path):
     program = """
 import os, signal, sys
+from afl_jax.data import records
 from afl_jax.data.folder import Folder, FolderSettings
 
 read_case, num_read = Folder.read_case, 0

@@ -363,7 +363,7 @@ def test_a_wrong_source_is_one_line_before_any_work(source, tmp_path, damage):
     data_dir = tmp_path / "data"
     with pytest.raises(InputError, match=one_line(text)):
         create(source, data_dir, labels="human_expert", cases="positive").prepare()
-    assert not list(data_dir.rglob("*.npz"))
+    assert not list(data_dir.rglob("*.record"))
 
 
 def remove_adc(source: Path, case_id: str) -> str:
@@ -434,7 +434,7 @@ def test_a_bad_case_is_named_and_the_others_are_kept(source, tmp_path, damage):
         builder.prepare()
     assert f"leave them out with data.exclude: {case_id}" in str(error.value)
     assert not builder.is_prepared()
-    assert len(list((tmp_path / "data").rglob("*.npz"))) == 9
+    assert len(list((tmp_path / "data").rglob("*.record"))) == 9
 
 
 def test_labels_of_experts_come_in_three_types_and_grades(download, tmp_path):

@@ -37,6 +37,8 @@ from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import tensorflow_datasets as tfds
+from array_record.python.array_record_module import ArrayRecordWriter
+from tensorflow_datasets.core.dataset_builder import FileReaderBuilder
 
 from afl_jax.data.preprocess import content_box, prepare_image, prepare_labels
 from afl_jax.data.volume import Volume
@@ -46,6 +48,7 @@ from afl_jax.lesions import label_components
 Progress = Callable[[int, int], None]
 
 _STORED_SPLIT = "cases"
+_SHARD_BYTES = 2**29
 # A change of the foreground's volume, by cropping, that is worth a note.
 _MAX_VOLUME_CHANGE = 0.05
 
@@ -89,7 +92,7 @@ class RecordsConfig(tfds.core.BuilderConfig):
     cases: Sequence[Case] = ()
 
 
-class RecordsBuilder(tfds.core.GeneratorBasedBuilder, abc.ABC, skip_registration=True):
+class RecordsBuilder(FileReaderBuilder, abc.ABC, skip_registration=True):
     """A builder of prepared cases; a subclass finds its cases, splits them and reads one of them.
 
     Attributes:
@@ -225,7 +228,7 @@ class RecordsBuilder(tfds.core.GeneratorBasedBuilder, abc.ABC, skip_registration
           case: Of ``cases``.
 
         Returns:
-          Its record, for tfds to encode, and its row of ``cases.csv``.
+          Its record, for tfds to serialise, and its row of ``cases.csv``.
 
         Raises:
           InputError: If anything about the case is not as it must be.
@@ -327,7 +330,7 @@ class RecordsBuilder(tfds.core.GeneratorBasedBuilder, abc.ABC, skip_registration
     def _stages(self) -> list[Path]:
         """Where each case is kept until the data set is whole."""
         keys = [_case_key(type(self), self.settings, case) for case in self.cases]
-        return [self._staging / f"{key}.npz" for key in keys]
+        return [self._staging / f"{key}.record" for key in keys]
 
     def _stage_cases(
         self,
@@ -368,12 +371,14 @@ class RecordsBuilder(tfds.core.GeneratorBasedBuilder, abc.ABC, skip_registration
             )
 
     def _stage_case(self, index: int) -> None:
+        """Writes a case: its row of the table as a line of JSON, then its record as tfds has it."""
         record, row = self.prepare_case(self.cases[index])
         path = self._stages[index]
         partial = path.with_name(f"{uuid.uuid4().hex}.partial")
         try:
             with partial.open("wb") as file:
-                np.savez(file, row=json.dumps(row), **record)
+                file.write(json.dumps(row).encode() + b"\n")
+                file.write(self.info.features.serialize_example(record))
                 file.flush()
                 os.fsync(file.fileno())
             partial.replace(path)
@@ -387,8 +392,8 @@ class RecordsBuilder(tfds.core.GeneratorBasedBuilder, abc.ABC, skip_registration
         if not path.exists() and len(stages) == len(self._stages):
             rows = []
             for stage in stages:
-                with np.load(stage) as staged:
-                    rows.append(json.loads(str(staged["row"])))
+                with stage.open("rb") as file:
+                    rows.append(json.loads(file.readline()))
             text = io.StringIO(newline="")
             writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
             writer.writeheader()
@@ -399,19 +404,39 @@ class RecordsBuilder(tfds.core.GeneratorBasedBuilder, abc.ABC, skip_registration
         for stage in stages:
             stage.unlink(missing_ok=True)
 
-    def _split_generators(self, dl_manager: Any) -> dict[str, Iterator]:
-        del dl_manager  # Nothing is downloaded.
-        return {_STORED_SPLIT: self._generate_examples()}
+    def _download_and_prepare(self, dl_manager: Any, download_config: Any) -> None:
+        """Joins the staged records; tfds calls it with a folder that it renames at the end.
 
-    def _generate_examples(self) -> Iterator[tuple[int, dict[str, Any]]]:
-        # Staged by `prepare`; prepared here for someone who calls tfds' own method.
-        for index, (path, case) in enumerate(zip(self._stages, self.cases, strict=True)):
-            if not path.exists():
-                self._staging.mkdir(parents=True, exist_ok=True)
-                self._stage_case(index)
-            with np.load(path) as staged:
-                record = {name: staged[name] for name in self.info.features}
-            yield index, record | {"case_id": case.case_id}
+        Not by tfds' own writer: that holds up to a gigabyte of records in memory, and beyond it
+        needs TensorFlow.
+        """
+        del dl_manager, download_config  # Nothing is downloaded.
+        self._stage_cases(num_workers=1, progress=None, warn=None)
+        sizes = [path.stat().st_size for path in self._stages]
+        num_shards = -(-sum(sizes) // _SHARD_BYTES)
+        shards = np.array_split(np.arange(len(sizes)), min(num_shards, len(sizes)))
+        template = tfds.core.ShardedFileTemplate(
+            data_dir=self.data_path,
+            dataset_name=self.name,
+            split=_STORED_SPLIT,
+            filetype_suffix="array_record",
+        )
+        for number, indices in enumerate(shards):
+            path = template.sharded_filepath(shard_index=number, num_shards=len(shards))
+            # Each record by itself, for reading in any order.
+            writer = ArrayRecordWriter(os.fspath(path), "group_size:1")
+            for index in indices:
+                with self._stages[index].open("rb") as file:
+                    file.readline()
+                    writer.write(file.read())
+            writer.close()
+        split = tfds.core.SplitInfo(
+            name=_STORED_SPLIT,
+            shard_lengths=[len(indices) for indices in shards],
+            num_bytes=sum(sizes),
+            filename_template=template,
+        )
+        self.info.set_splits(tfds.core.splits.SplitDict([split]))
 
     # tfds prints a line before and after a build; whoever calls `prepare` reports in its own way.
     def _log_download_bytes(self) -> None: ...
