@@ -42,10 +42,7 @@ def run_all(runs: Mapping[str, Config], *, source: Path, out: Path, data_dir: Pa
     Returns:
         The exit code.
     """
-    console = Console()
-    table = Table(title="test cases: means, and the 95 % interval of Dice", box=box.SIMPLE_HEAD)
-    for column in ("run", "cases", "min", "Dice, 95 %", *METRICS.values()):
-        table.add_column(column, justify="left" if column == "run" else "right", no_wrap=True)
+    console, columns = Console(), {}
     for name, config in runs.items():
         start = time.monotonic()
         data = dataclasses.replace(config.data, source=str(source), data_dir=str(data_dir))
@@ -62,7 +59,13 @@ def run_all(runs: Mapping[str, Config], *, source: Path, out: Path, data_dir: Pa
         minutes = f"{(time.monotonic() - start) / 60:.1f}"
         dice = summaries["dice"]
         means = [f"{summary.mean:.3f}" for summary in summaries.values()]
-        table.add_row(name, str(len(rows)), minutes, f"{dice.low:.3f} {dice.high:.3f}", *means)
+        columns[name] = [f"{dice.low:.3f} to {dice.high:.3f}", *means, str(len(rows)), minutes]
+    table = Table(title="test cases, means", box=box.SIMPLE_HEAD)
+    for column in ("", *columns):
+        table.add_column(column, justify="right" if column else "left", no_wrap=True)
+    names = ("Dice, 95 % interval", *METRICS.values(), "cases", "minutes")
+    for name, *values in zip(names, *columns.values(), strict=True):
+        table.add_row(name, *values)
     console.print(table)
     return 0
 

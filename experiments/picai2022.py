@@ -9,13 +9,13 @@ cases; what stands here is measured once, on an official fold, on T2W's own grid
 presets, so that ``afl-jax prepare picai2022`` and ``afl-jax train picai2022`` do the same by hand:
 
 - ``picai2022``, the paper's: 220 positive cases of the experts, stretched to 160 x 128 x 24, SGD at
-  0.1, batch 1, 200 epochs: 28,000 steps of 248 GFLOP for 141 training cases;
+  0.1, batch 1, 200 epochs: 28,200 steps of 248 GFLOP for 141 training cases;
 - ``picai2022-recommended``: all 1500 cases with 425 positives, 0.5 x 0.5 x 3 mm, 256 x 256 x 20,
-  AdamW, batch 4, 100 epochs: 24,000 steps of RECOMMENDED_GFLOP GFLOP for 960 training cases.
+  AdamW, batch 4, 100 epochs: 24,000 steps of 7,297 GFLOP for 960 training cases.
 
-Cost: the first takes 28,000 x 4 s = 31 hours on two CPU cores, and the second is meant for a GPU.
+Cost: the first takes 28,200 x 4 s = 31 hours on two CPU cores, and the second is meant for a GPU.
 Neither was run on one yet. ``--smoke`` runs both on ten generated cases, with a narrow network and
-a short budget, in SMOKE_PICAI on two cores: it shows that the path is whole, nothing else.
+a short budget, in 2.4 minutes on two cores: it shows that the path is whole, nothing else.
 """
 
 import dataclasses

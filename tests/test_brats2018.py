@@ -147,6 +147,12 @@ def test_headers_may_differ_by_a_fraction_of_a_millimetre(source, tmp_path):
     np.testing.assert_array_equal(read.image.array[..., 2], image.array)
 
 
+def test_the_builder_says_where_the_data_are_and_under_which_terms():
+    instructions = Brats2018.MANUAL_DOWNLOAD_INSTRUCTIONS
+    for text in ("registration", "must not be passed on", "{HGG,LGG}"):
+        assert text in instructions
+
+
 # --- what a build says of bad input ---------------------------------------------------------------
 
 

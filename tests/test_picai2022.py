@@ -136,6 +136,12 @@ def test_labels_and_cases_are_chosen(download, tmp_path, settings, expected):
     assert found == sorted(case_ids(download)[index] for index in expected)
 
 
+def test_the_builder_says_where_the_data_are_and_under_which_licence():
+    instructions = Picai2022.MANUAL_DOWNLOAD_INSTRUCTIONS
+    for text in ("zenodo.org/records/6624726", "picai_labels", "CC BY-NC 4.0", "_t2w.mha"):
+        assert text in instructions
+
+
 # --- geometry -------------------------------------------------------------------------------------
 
 

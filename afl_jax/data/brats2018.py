@@ -33,6 +33,8 @@ from afl_jax.data.records import Case, ReadCase, RecordsBuilder, split_by_group
 from afl_jax.data.volume import Vector, grid_difference, read_channels, read_volume
 from afl_jax.errors import InputError
 
+# tfds shows them to someone who has not downloaded the data.
+_INSTRUCTIONS = __doc__
 SEQUENCES = ("t1", "t1ce", "t2", "flair")
 GRADES = ("HGG", "LGG")
 Target = Literal["WT", "TC", "ET", "regions"]
@@ -115,7 +117,7 @@ class Brats2018Settings:
 class Brats2018(RecordsBuilder):
     """BraTS 2018: brain MRI (T1, contrast-enhanced T1, T2, FLAIR) with gliomas."""
 
-    MANUAL_DOWNLOAD_INSTRUCTIONS = __doc__
+    MANUAL_DOWNLOAD_INSTRUCTIONS = _INSTRUCTIONS
     SETTINGS = Brats2018Settings
     FREE_SETTINGS = ("source", "val_fraction", "test_fraction", "seed")
 

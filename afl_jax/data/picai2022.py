@@ -43,6 +43,8 @@ from afl_jax.data.records import Case, ReadCase, RecordsBuilder, split_by_group
 from afl_jax.data.volume import Vector, Volume, case_name, grid_difference, read_volume
 from afl_jax.errors import InputError
 
+# tfds shows them to someone who has not downloaded the data.
+_INSTRUCTIONS = __doc__
 SEQUENCES = ("t2w", "adc", "hbv")
 Labels = Literal["human_expert", "human_expert+Pooch25", "Bosma22a"]
 
@@ -133,7 +135,7 @@ class Picai2022Settings:
 class Picai2022(RecordsBuilder):
     """PI-CAI 2022: prostate MRI (T2W, ADC, HBV) with lesions of clinically significant cancer."""
 
-    MANUAL_DOWNLOAD_INSTRUCTIONS = __doc__
+    MANUAL_DOWNLOAD_INSTRUCTIONS = _INSTRUCTIONS
     SETTINGS = Picai2022Settings
     FREE_SETTINGS = ("source", "fold", "val_fraction", "num_val", "seed", "cases")
 
