@@ -1,6 +1,8 @@
 """The phantom: deterministic, varied as stated, visible, and not to be had by a threshold."""
 
 import re
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -159,3 +161,21 @@ def test_settings_that_cannot_be_are_refused(settings):
     (name,) = settings
     with pytest.raises(InputError, match=rf"\Aphantom: {re.escape(name)} must be [^\n]*\Z"):
         PhantomSettings(**settings)
+
+
+def test_preparing_more_cases_takes_no_more_memory(tmp_path):
+    program = """
+import resource, sys
+from afl_jax.data.loader import prepare
+prepare("phantom", data_dir=sys.argv[1], num_train=int(sys.argv[2]), num_val=1, shape=(64, 64, 32))
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+
+    def peak_mb(num_train: int) -> float:
+        arguments = [sys.executable, "-c", program, str(tmp_path), str(num_train)]
+        run = subprocess.run(arguments, capture_output=True, text=True)
+        assert run.returncode == 0, run.stderr
+        return int(run.stdout) / 1024
+
+    # 36 records of 1.7 MB more.
+    assert peak_mb(40) - peak_mb(4) < 30

@@ -18,8 +18,9 @@ def prepare(
 ) -> int:
     """Prepare a data set, so that runs with the same data options find it ready.
 
-    An interrupted build goes on where it stopped. Every case has a row in cases.csv, beside the
-    records; those with a note are printed.
+    A name in front of the options, such as picai2022, stands for the data of that run; afl-jax
+    --help lists them. An interrupted build goes on where it stopped. Every case has a row in
+    cases.csv, beside the records; those with a note are printed.
 
     Args:
         data: Which data set, and how.

@@ -34,6 +34,9 @@ def train(
 ) -> int:
     """Train a network, then evaluate and draw its best epoch.
 
+    A name in front of the options, such as picai2022, stands for that run, of which options
+    change fields; afl-jax --help lists them.
+
     Args:
         out: Folder of the run, made by this command.
         config: The run.
