@@ -219,7 +219,7 @@ class TwoLayers(nn.Module):
     axis_name: str | None
 
     @nn.compact
-    def __call__(self, x, *, train):
+    def __call__(self, x, *, train=False):
         x = blocks.Conv(4, (3, 3, 3))(x)
         x = nn.relu(blocks.BatchNorm(axis_name=self.axis_name)(x, train=train))
         return blocks.Conv(2, (1, 1, 1), use_bias=True)(x)
