@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from afl_jax.errors import InputError
+from afl_jax.errors import InputError, check_rules
 
 Ints = tuple[int, ...]
 
@@ -266,9 +266,7 @@ def check_config(config: Config) -> None:
             rules[f"augment.{name}"] = ("from 0 to 180", value, 0 <= value <= 180)
         else:
             rules[f"augment.{name}"] = ("from 0 to 1", value, 0 <= value <= 1)
-    for name, (rule, value, holds) in rules.items():
-        if not holds:
-            raise InputError(f"{name} must be {rule}, got {value}.")
+    check_rules(rules)
 
 
 def _build(kind: Any, value: Any, *, where: str) -> Any:

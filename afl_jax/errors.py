@@ -1,6 +1,8 @@
 """The error of bad input: what a user can mend without reading a traceback."""
 
 import sys
+from collections.abc import Mapping
+from typing import Any
 
 
 class InputError(ValueError):
@@ -18,3 +20,18 @@ def print_error(error: Exception | str) -> None:
         error: What is wrong.
     """
     print(f"afl-jax: error: {' '.join(str(error).split())}", file=sys.stderr)
+
+
+def check_rules(rules: Mapping[str, tuple[str, Any, bool]], *, where: str = "") -> None:
+    """Checks values against rules in words.
+
+    Args:
+        rules: Name of each value to the rule, the value, and whether it holds.
+        where: In front of the name.
+
+    Raises:
+        InputError: If one does not hold; the first is named.
+    """
+    for name, (rule, value, holds) in rules.items():
+        if not holds:
+            raise InputError(f"{where}{name} must be {rule}, got {value!r}.")

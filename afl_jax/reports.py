@@ -8,9 +8,7 @@ Files are written beside their place and renamed, so that a reader never sees ha
 import csv
 import json
 import math
-import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
 from pathlib import Path
@@ -30,6 +28,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.table import Table
+
+from afl_jax.files import written_beside
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -114,18 +114,6 @@ def summarise(rows: Sequence[Row]) -> dict[str, Summary]:
     return summaries
 
 
-@contextmanager
-def _written_beside(path: str | Path) -> Iterator[Path]:
-    """A path to write to; renamed to `path` on success, removed on failure."""
-    path = Path(path)
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        yield beside
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
-
-
 def write_csv(path: str | Path, rows: Sequence[Row]) -> None:
     """Write rows as CSV, with a header.
 
@@ -134,7 +122,7 @@ def write_csv(path: str | Path, rows: Sequence[Row]) -> None:
         rows: the columns are those of all rows, in the order of first appearance. NaN is written
             as `nan`; a value that a row lacks stays empty.
     """
-    with _written_beside(path) as beside, beside.open("w", newline="", encoding="utf-8") as file:
+    with written_beside(path) as beside, beside.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, _columns(rows), lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
@@ -147,7 +135,7 @@ def write_text(path: str | Path, text: str) -> None:
         path: replaced if it exists.
         text: the whole content.
     """
-    with _written_beside(path) as beside:
+    with written_beside(path) as beside:
         beside.write_text(text, encoding="utf-8")
 
 
@@ -478,5 +466,5 @@ def _draw_curves(axes: "Axes", history: Sequence[Row], columns: Sequence[str]) -
 
 
 def _save(figure: "Figure", path: str | Path) -> None:
-    with _written_beside(path) as beside:
+    with written_beside(path) as beside:
         figure.savefig(beside, format="png")

@@ -22,22 +22,16 @@ a short budget, in about a minute on two cores: it shows that the path is whole,
 """
 
 import dataclasses
-import os
+import functools
 import sys
-import tempfile
-from collections.abc import Sequence
 from pathlib import Path
 
-import tyro
-
 from afl_jax.config import Config
-from afl_jax.errors import InputError, print_error
 from afl_jax.presets import PRESETS
-from experiments.end_to_end import run_all, shrink
+from experiments.end_to_end import run_chosen, run_script, shrink
+from tests.official_layouts import make_brats2018
 
 RUNS = {name: PRESETS[name] for name in ("brats2018", "brats2018-recommended")}
-# Of generated cases, 60 x 60 x 39 voxels, a quarter of the real ones along each axis.
-_SMOKE_SHAPES = {"brats2018": (64, 64, 48), "brats2018-recommended": (32, 32, 32)}
 
 
 def main(
@@ -59,59 +53,31 @@ def main(
     Returns:
         The exit code.
     """
-    if unknown := sorted(set(runs) - set(RUNS)):
-        raise InputError(f"no run is called {unknown[0]!r}: choose from {', '.join(RUNS)}.")
-    runs = runs or tuple(RUNS)[: 1 if smoke else None]
-    if (source is None) != smoke:
-        raise InputError("give either --source or --smoke.")
-    configs = {name: RUNS[name] for name in runs}
-    if not smoke:
-        return run_all(configs, source=source, out=out, data_dir=data_dir)
-    from tests.official_layouts import make_brats2018
-
-    real_data = os.environ.get("AFL_JAX_REAL_DATA")
-    with tempfile.TemporaryDirectory() as folder:
-        made = make_brats2018(
-            Path(folder, "raw"),
-            shape=(60, 60, 39),
-            real_data=Path(real_data) if real_data else None,
-        )
-        configs = {
-            name: shrink_volumes(shrink(config, num_epochs=8), _SMOKE_SHAPES[name])
-            for name, config in configs.items()
-        }
-        return run_all(configs, source=made, out=out, data_dir=Path(folder, "data"))
+    return run_chosen(
+        RUNS,
+        runs,
+        source=source,
+        smoke=smoke,
+        make_fn=functools.partial(make_brats2018, shape=(60, 60, 39)),
+        shrink_fn=shrink_run,
+        out=out,
+        data_dir=data_dir,
+    )
 
 
-def shrink_volumes(config: Config, patch_shape: tuple[int, int, int]) -> Config:
-    """The run for volumes of a quarter of the size.
+def shrink_run(config: Config) -> Config:
+    """The run for volumes of a quarter of the size, with a small network and budget.
 
     Args:
         config: The run.
-        patch_shape: Of its crops.
 
     Returns:
         The run.
     """
+    patch_shape = (64, 64, 48) if config.data.target == "WT" else (32, 32, 32)
     data = dataclasses.replace(config.data, shape=(64, 64, 48), patch_shape=patch_shape)
-    return dataclasses.replace(config, data=data)
-
-
-def run(arguments: Sequence[str] | None = None) -> int:
-    """The script: `main` with the arguments of the command line.
-
-    Args:
-        arguments: In place of the command line's.
-
-    Returns:
-        The exit code; 2 after bad input.
-    """
-    try:
-        return tyro.cli(main, args=arguments)
-    except InputError as error:
-        print_error(error)
-        return 2
+    return dataclasses.replace(shrink(config, num_epochs=8), data=data)
 
 
 if __name__ == "__main__":
-    sys.exit(run())
+    sys.exit(run_script(main))

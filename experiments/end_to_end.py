@@ -6,10 +6,13 @@ are made anew.
 
 import csv
 import dataclasses
+import os
+import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+import tyro
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -19,6 +22,7 @@ from afl_jax.commands.evaluate import evaluate
 from afl_jax.commands.predict import predict
 from afl_jax.commands.train import train
 from afl_jax.config import Config, LossConfig, ModelConfig
+from afl_jax.errors import InputError, print_error
 
 # Metric and its heading.
 METRICS = {
@@ -28,6 +32,65 @@ METRICS = {
     "specificity": "spec",
     "lesion_f1": "lesion F1",
 }
+
+
+def run_script(main: Callable[..., int]) -> int:
+    """Runs the function of a script with the arguments of the command line.
+
+    Args:
+        main: Takes them.
+
+    Returns:
+        The exit code; 2 after bad input.
+    """
+    try:
+        return tyro.cli(main)
+    except InputError as error:
+        print_error(error)
+        return 2
+
+
+def run_chosen(
+    runs: Mapping[str, Config],
+    names: Sequence[str],
+    *,
+    source: Path | None,
+    smoke: bool,
+    make_fn: Callable[..., Path],
+    shrink_fn: Callable[[Config], Config],
+    out: Path,
+    data_dir: Path,
+) -> int:
+    """Takes the runs that a user chose from raw or generated files to their table.
+
+    Args:
+        runs: All of the experiment, the paper's first.
+        names: Of those to run; all if empty, and on generated files the first.
+        source: Folder of the raw files, or None.
+        smoke: Whether files are to be generated.
+        make_fn: Generates them, ``(folder, *, real_data)``.
+        shrink_fn: A run to one for the generated files.
+        out: Folder of the runs.
+        data_dir: Where prepared data sets are kept; those of generated files are not.
+
+    Returns:
+        The exit code.
+
+    Raises:
+        InputError: If a name is unknown, or both or neither kind of files is asked for.
+    """
+    if unknown := sorted(set(names) - set(runs)):
+        raise InputError(f"no run is called {unknown[0]!r}: choose from {', '.join(runs)}.")
+    if (source is None) != smoke:
+        raise InputError("give either --source or --smoke.")
+    chosen = {name: runs[name] for name in names or tuple(runs)[: 1 if smoke else None]}
+    if not smoke:
+        return run_all(chosen, source=source, out=out, data_dir=data_dir)
+    real_data = os.environ.get("AFL_JAX_REAL_DATA")
+    with tempfile.TemporaryDirectory() as folder:
+        made = make_fn(Path(folder, "raw"), real_data=Path(real_data) if real_data else None)
+        chosen = {name: shrink_fn(config) for name, config in chosen.items()}
+        return run_all(chosen, source=made, out=out, data_dir=Path(folder, "data"))
 
 
 def run_all(runs: Mapping[str, Config], *, source: Path, out: Path, data_dir: Path) -> int:

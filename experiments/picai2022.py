@@ -19,19 +19,14 @@ and a short budget, in about a minute on two cores: it shows that the path is wh
 """
 
 import dataclasses
-import os
+import functools
 import sys
-import tempfile
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
-
-import tyro
 
 from afl_jax.config import Config
-from afl_jax.errors import InputError, print_error
 from afl_jax.presets import PRESETS
-from experiments.end_to_end import run_all, shrink
+from experiments.end_to_end import run_chosen, run_script, shrink
+from tests.official_layouts import make_picai2022
 
 RUNS = {name: PRESETS[name] for name in ("picai2022", "picai2022-recommended")}
 
@@ -41,7 +36,7 @@ def main(
     source: Path | None = None,
     data_dir: Path = Path("data"),
     runs: tuple[str, ...] = (),
-    fold: Annotated[int, tyro.conf.arg(help="Official fold to test on, from 0 to 4.")] = 0,
+    fold: int = 0,
     smoke: bool = False,
 ) -> int:
     """Trains, predicts and evaluates; ends with one table.
@@ -57,43 +52,23 @@ def main(
     Returns:
         The exit code.
     """
-    if unknown := sorted(set(runs) - set(RUNS)):
-        raise InputError(f"no run is called {unknown[0]!r}: choose from {', '.join(RUNS)}.")
-    runs = runs or tuple(RUNS)[: 1 if smoke else None]
-    if (source is None) != smoke:
-        raise InputError("give either --source or --smoke.")
-    configs = {name: with_fold(RUNS[name], fold) for name in runs}
-    if not smoke:
-        return run_all(configs, source=source, out=out, data_dir=data_dir)
-    from tests.official_layouts import make_picai2022
-
-    real_data = os.environ.get("AFL_JAX_REAL_DATA")
-    with tempfile.TemporaryDirectory() as folder:
-        made = make_picai2022(
-            Path(folder, "raw"), num_cases=10, real_data=Path(real_data) if real_data else None
-        )
-        configs = {
-            name: with_smaller_volumes(shrink(config, num_epochs=6))
-            for name, config in configs.items()
-        }
-        return run_all(configs, source=made, out=out, data_dir=Path(folder, "data"))
+    return run_chosen(
+        {
+            name: dataclasses.replace(config, data=dataclasses.replace(config.data, fold=fold))
+            for name, config in RUNS.items()
+        },
+        runs,
+        source=source,
+        smoke=smoke,
+        make_fn=functools.partial(make_picai2022, num_cases=10),
+        shrink_fn=shrink_run,
+        out=out,
+        data_dir=data_dir,
+    )
 
 
-def with_fold(config: Config, fold: int) -> Config:
-    """The run with another official fold as its test split.
-
-    Args:
-        config: The run.
-        fold: From 0 to 4.
-
-    Returns:
-        The run.
-    """
-    return dataclasses.replace(config, data=dataclasses.replace(config.data, fold=fold))
-
-
-def with_smaller_volumes(config: Config) -> Config:
-    """The run on a coarser grid, that its strides divide.
+def shrink_run(config: Config) -> Config:
+    """The run on a coarser grid, that its strides divide, with a small network and budget.
 
     Args:
         config: The run.
@@ -105,24 +80,8 @@ def with_smaller_volumes(config: Config) -> Config:
         data = dataclasses.replace(config.data, shape=(96, 64, 24))
     else:
         data = dataclasses.replace(config.data, shape=(96, 96, 20), spacing=(1.2, 1.2, 3.0))
-    return dataclasses.replace(config, data=data)
-
-
-def run(arguments: Sequence[str] | None = None) -> int:
-    """The script: `main` with the arguments of the command line.
-
-    Args:
-        arguments: In place of the command line's.
-
-    Returns:
-        The exit code; 2 after bad input.
-    """
-    try:
-        return tyro.cli(main, args=arguments)
-    except InputError as error:
-        print_error(error)
-        return 2
+    return dataclasses.replace(shrink(config, num_epochs=6), data=data)
 
 
 if __name__ == "__main__":
-    sys.exit(run())
+    sys.exit(run_script(main))

@@ -1,12 +1,12 @@
 """BraTS 2018 from files in its official layout: classes, splits, and what is said of bad input."""
 
 import dataclasses
-import re
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
+from messages import one_line
 from official_layouts import make_brats2018
 
 from afl_jax.data.brats2018 import Brats2018, Brats2018Settings
@@ -14,10 +14,6 @@ from afl_jax.data.volume import Volume, read_volume, write_volume
 from afl_jax.errors import InputError
 
 SHAPE = (24, 24, 20)
-
-
-def one_line(text: str) -> str:
-    return rf"\A[^\n]*{re.escape(text)}[^\n]*\Z"
 
 
 @pytest.fixture(scope="module")

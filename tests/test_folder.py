@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import re
 import resource
 import shutil
 import signal
@@ -12,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from messages import one_line
 
 from afl_jax.data import records
 from afl_jax.data.folder import Folder, FolderSettings
@@ -19,10 +19,6 @@ from afl_jax.data.volume import Volume, write_volume
 from afl_jax.errors import InputError
 
 SPACING = (0.5, 0.5, 3.0)
-
-
-def one_line(text: str) -> str:
-    return rf"\A[^\n]*{re.escape(text)}[^\n]*\Z"
 
 
 def edit_json(source: Path, **changes) -> None:

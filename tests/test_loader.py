@@ -1,19 +1,15 @@
 """Batches: the order of cases, what fills the last batch, and exact resumption."""
 
 import itertools
-import re
 import subprocess
 import sys
 
 import numpy as np
 import pytest
+from messages import one_line
 
 from afl_jax.data.loader import BUILDERS, create_loader, prepare
 from afl_jax.errors import InputError
-
-
-def one_line(text: str) -> str:
-    return rf"\A[^\n]*{re.escape(text)}[^\n]*\Z"
 
 
 def create_source(num_cases: int = 5, shape=(4, 4, 2)) -> list[dict]:

@@ -2,13 +2,13 @@
 
 import csv
 import dataclasses
-import re
 import shutil
 from pathlib import Path
 
 import numpy as np
 import oracles
 import pytest
+from messages import one_line
 from official_layouts import make_picai2022, write_marksheet
 from rich.console import Console
 from rich.table import Table
@@ -26,10 +26,6 @@ GRIDS = {
     "baseline": {"shape": (256, 256, 20), "spacing": (0.5, 0.5, 3.0)},
 }
 SMALL = {"shape": (48, 48, 8), "resize": True, "num_val": 1}
-
-
-def one_line(text: str) -> str:
-    return rf"\A[^\n]*{re.escape(text)}[^\n]*\Z"
 
 
 @pytest.fixture(scope="module")

@@ -1,13 +1,13 @@
 """Files of volumes: what is written is read back, and what is damaged is refused in one line."""
 
 import gzip
-import re
 import struct
 from pathlib import Path
 
 import numpy as np
 import pytest
 import SimpleITK
+from messages import one_line
 
 from afl_jax.data.volume import Volume, grid_difference, read_volume, same_grid, write_volume
 from afl_jax.errors import InputError
@@ -15,10 +15,6 @@ from afl_jax.errors import InputError
 SUFFIXES = [".nii", ".nii.gz", ".mha"]
 # A rotation by 30 degrees about z, row by row.
 OBLIQUE = (0.75**0.5, -0.5, 0.0, 0.5, 0.75**0.5, 0.0, 0.0, 0.0, 1.0)
-
-
-def one_line(text: str) -> str:
-    return rf"\A[^\n]*{re.escape(text)}[^\n]*\Z"
 
 
 def create_volume(shape=(4, 5, 6), dtype=np.int16) -> Volume:

@@ -5,7 +5,7 @@ import inspect
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -151,15 +151,36 @@ def create_tensorboard_log(out: Path) -> Callable[[loop.Row], None]:
     return log
 
 
-def create_builder(config: DataConfig) -> loader.RecordsBuilder:
+def run_config_path(run: Path) -> Path:
+    """The config of a run.
+
+    Args:
+        run: Its folder.
+
+    Returns:
+        The path of its config.json.
+
+    Raises:
+        InputError: If there is none.
+    """
+    path = run / "config.json"
+    if not path.is_file():
+        raise InputError(f"--run {run} is not the folder of a run: it has no config.json.")
+    return path
+
+
+def create_builder(config: DataConfig, *, source: str | None = None) -> loader.RecordsBuilder:
     """The builder of a data set; nothing is prepared.
 
     Args:
         config: Which data set, and how.
+        source: Folder of the raw data, in place of the config's.
 
     Returns:
         The builder.
     """
+    if source is not None:
+        config = replace(config, source=source)
     return loader.create_records_builder(config.name, data_dir=config.data_dir, **_settings(config))
 
 

@@ -10,6 +10,7 @@ from afl_jax import lesions, loop, reports
 from afl_jax.commands import construct
 from afl_jax.config import read_config
 from afl_jax.data import preprocess, volume
+from afl_jax.data.cases import Case
 from afl_jax.errors import InputError, print_error
 
 
@@ -48,13 +49,13 @@ def evaluate(
         where, truths = labels, _volume_files(labels)
         read_fn = functools.partial(_read_labels, label_map=dict(label_map))
     else:
-        if not (run / "config.json").is_file():
-            raise InputError(f"--run {run} is not the folder of a run: it has no config.json.")
-        config = read_config(run / "config.json")
-        data = config.data if source is None else replace(config.data, source=source)
-        builder = construct.create_builder(data)
+        config = read_config(construct.run_config_path(run))
+        builder = construct.create_builder(config.data, source=source)
         where, truths = builder.name, {case.case_id: case for case in builder.cases}
-        read_fn = lambda case: builder.read_case(case).labels  # noqa: E731
+
+        def read_fn(case: Case) -> volume.Volume:
+            return builder.read_case(case).labels
+
         num_classes = num_classes or config.model.num_classes
     if missing := sorted(set(files) - set(truths)):
         raise InputError(
@@ -83,9 +84,7 @@ def evaluate(
 
 def _read_labels(path: Path, *, label_map: dict[int, int]) -> volume.Volume:
     """A file of labels as classes."""
-    labels = volume.read_volume(path)
-    if labels.array.ndim != 3:
-        raise InputError(f"{path}: a mask must have 3 dimensions, found 4 (channels).")
+    labels = volume.read_single_channel(path, kind="mask")
     label_map = label_map or {value: value for value in range(256)}
     with construct.as_input_error(str(path)):
         return replace(labels, array=preprocess.remap_labels(labels.array, label_map))

@@ -17,13 +17,11 @@ from afl_jax.checkpoint import CheckpointStore
 from afl_jax.commands import construct
 from afl_jax.config import Config, DataConfig, read_config
 from afl_jax.data import preprocess, volume
+from afl_jax.data.cases import Case
 from afl_jax.data.picai2022 import read_scans
-from afl_jax.data.records import Case, RecordsBuilder
+from afl_jax.data.records import RecordsBuilder
 from afl_jax.errors import InputError, print_error
 from afl_jax.models.pretrained import from_torch, read_weights
-
-# What `prepare_image` takes, of a config, but for the shape: that is the sliding window's patch.
-_PREPARATION = ("spacing", "normalisation", "clip_percentiles")
 
 
 def predict(
@@ -57,24 +55,27 @@ def predict(
     console = Console()
     if not 0 <= overlap < 1:
         raise InputError(f"--overlap must be from 0 to less than 1, got {overlap}.")
-    config, variables = _restore_network(run, config_file, init_weights)
-    num_channels = variables["params"]["encoder"]["conv1"]["kernel"].shape[-2]
     if (split is None) == (not images):
         raise InputError("give either --images or --split.")
+    cases = _name_predictions(images, out)
+    config, variables = _restore_network(run, config_file, init_weights)
     if split is None:
-        cases = _name_predictions(images, out)
+        num_channels = variables["params"]["encoder"]["conv1"]["kernel"].shape[-2]
         read_fn = functools.partial(_read_image, config.data, num_channels=num_channels)
     else:
-        data = config.data if source is None else replace(config.data, source=source)
-        builder = construct.create_builder(data)
+        builder = construct.create_builder(config.data, source=source)
         cases = {out / f"{case.case_id}.nii.gz": case for case in _cases_of(builder, split)}
-        read_fn = lambda case: builder.read_case(case).image  # noqa: E731
+
+        def read_fn(case: Case) -> volume.Volume:
+            return builder.read_case(case).image
+
     model = construct.create_model(config)
     # The builder's own defaults stand where the config leaves them open.
-    preparation = {name: getattr(config.data, name) for name in _PREPARATION}
+    preparation = {name: getattr(config.data, name) for name in preprocess.PREPARATION}
     preparation = {name: value for name, value in preparation.items() if value is not None}
-    if config.data.resize:
-        preparation |= {"resize": True, "shape": config.data.shape}
+    if not config.data.resize:
+        # The shape is that of the sliding window's patch alone.
+        del preparation["shape"]
 
     # The variables are an argument: closed over, they would be constants of the program, and lie
     # in the compilation cache.
@@ -115,8 +116,7 @@ def _restore_network(
     """Config and variables: of a run's best epoch, or of a config and a file of weights."""
     if (run is None) == (config_file is None):
         raise InputError("give either --run, or --config with --init-weights.")
-    if run is not None and not (run / "config.json").is_file():
-        raise InputError(f"--run {run} is not the folder of a run: it has no config.json.")
+    path = config_file if run is None else construct.run_config_path(run)
     if init_weights is None:
         if run is None:
             raise InputError("--config needs --init-weights: it holds no network of its own.")
@@ -126,7 +126,7 @@ def _restore_network(
         finally:
             store.close()
         return best.config, best.variables
-    config = read_config(config_file or run / "config.json")
+    config = read_config(path)
     weights = read_weights(init_weights)
     stem = weights.get("encoder.conv1.weight", np.empty(0))
     image = jnp.zeros((1, *config.data.shape, stem.shape[1] if stem.ndim > 1 else 1))

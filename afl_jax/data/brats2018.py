@@ -26,11 +26,12 @@ References:
 
 import dataclasses
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
-from afl_jax.data.preprocess import Normalisation, remap_labels
-from afl_jax.data.records import Case, ReadCase, RecordsBuilder, split_by_group
-from afl_jax.data.volume import Vector, grid_difference, read_channels, read_volume
+from afl_jax.data.cases import Case, SourceSettings, require_files, split_by_group
+from afl_jax.data.preprocess import remap_labels
+from afl_jax.data.records import ReadCase, RecordsBuilder
+from afl_jax.data.volume import grid_difference, read_channels, read_single_channel
 from afl_jax.errors import InputError
 
 # tfds shows them to someone who has not downloaded the data.
@@ -58,7 +59,7 @@ _MAX_ROUNDING_MM = 1.0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Brats2018Settings:
+class Brats2018Settings(SourceSettings):
     """What to make of BraTS 2018.
 
     Attributes:
@@ -75,43 +76,27 @@ class Brats2018Settings:
       exclude: Names of cases to leave out.
     """
 
-    source: str
     shape: tuple[int, int, int] = (240, 240, 160)
-    spacing: Vector | None = None
-    normalisation: Normalisation = "zscore_nonzero"
     target: Target = "WT"
     numbering: Numbering = "brats2018"
     val_fraction: float = 0.1
     test_fraction: float = 0.2
-    seed: int = 0
-    exclude: tuple[str, ...] = ()
 
     def __post_init__(self):
-        object.__setattr__(self, "source", str(Path(self.source).resolve()))
-        for name in ("shape", "spacing", "exclude"):
-            value = getattr(self, name)
-            object.__setattr__(self, name, None if value is None else tuple(value))
+        super().__post_init__()
+        val, test = self.val_fraction, self.test_fraction
+        targets, numberings = get_args(Target), get_args(Numbering)
         rules = {
-            "shape": ("three whole numbers from 1", len(self.shape) == 3 and min(self.shape) >= 1),
-            "spacing": (
-                "three positive numbers in mm",
-                self.spacing is None or (len(self.spacing) == 3 and min(self.spacing) > 0),
-            ),
-            "normalisation": (
-                f"one of {get_args(Normalisation)}",
-                self.normalisation in get_args(Normalisation),
-            ),
-            "target": (f"one of {get_args(Target)}", self.target in get_args(Target)),
-            "numbering": (f"one of {get_args(Numbering)}", self.numbering in get_args(Numbering)),
-            "val_fraction": ("between 0 and 1", 0 < self.val_fraction < 1),
+            "target": (f"one of {targets}", self.target, self.target in targets),
+            "numbering": (f"one of {numberings}", self.numbering, self.numbering in numberings),
+            "val_fraction": ("between 0 and 1", val, 0 < val < 1),
             "test_fraction": (
                 "from 0 to less than what val_fraction leaves",
-                0 <= self.test_fraction < 1 - self.val_fraction,
+                test,
+                0 <= test < 1 - val,
             ),
         }
-        for name, (rule, holds) in rules.items():
-            if not holds:
-                raise InputError(f"brats2018: {name} must be {rule}, got {getattr(self, name)!r}.")
+        self.check(rules, name="brats2018")
 
 
 class Brats2018(RecordsBuilder):
@@ -169,13 +154,6 @@ class Brats2018(RecordsBuilder):
         """As many as `SEQUENCES`."""
         return len(SEQUENCES)
 
-    @property
-    def preparation(self) -> dict[str, Any]:
-        """The arguments of `prepare_image`."""
-        return {
-            name: getattr(self.settings, name) for name in ("shape", "spacing", "normalisation")
-        }
-
     def split_cases(self) -> dict[str, list[Case]]:
         """Of each grade the same shares of patients, drawn by the seed."""
         settings = self.settings
@@ -202,16 +180,10 @@ class Brats2018(RecordsBuilder):
 
     def read_case(self, case: Case) -> ReadCase:
         """Reads and checks one case."""
+        require_files(case, (*SEQUENCES, "seg"))
         *scans, label_path = case.files
-        for kind, path in zip((*SEQUENCES, "seg"), case.files, strict=True):
-            if not path.is_file():
-                raise InputError(
-                    f"case {case.case_id}: its {kind.upper()}, {path}, is missing; fetch it."
-                )
         image = read_channels(scans, num_channels=len(SEQUENCES), tolerance_mm=_MAX_ROUNDING_MM)
-        labels = read_volume(label_path)
-        if labels.array.ndim != 3:
-            raise InputError(f"{label_path}: a label must have 3 dimensions, found 4 (channels).")
+        labels = read_single_channel(label_path, kind="label")
         if difference := grid_difference(labels, image, tolerance_mm=_MAX_ROUNDING_MM):
             raise InputError(
                 f"{label_path}: expected the grid of its images, found {difference}; check that "

@@ -16,6 +16,7 @@ The cases, sorted by name, are split by a seeded permutation into ``train`` and 
 """
 
 import dataclasses
+import functools
 import json
 import re
 from collections.abc import Mapping
@@ -24,9 +25,16 @@ from typing import Any, get_args
 
 import numpy as np
 
+from afl_jax.data.cases import Case
 from afl_jax.data.preprocess import Normalisation, remap_labels
-from afl_jax.data.records import Case, ReadCase, RecordsBuilder
-from afl_jax.data.volume import Vector, case_name, grid_difference, read_channels, read_volume
+from afl_jax.data.records import ReadCase, RecordsBuilder
+from afl_jax.data.volume import (
+    Vector,
+    case_name,
+    grid_difference,
+    read_channels,
+    read_single_channel,
+)
 from afl_jax.errors import InputError
 
 
@@ -131,13 +139,7 @@ class Folder(RecordsBuilder):
     @property
     def num_channels(self) -> int:
         """Channels that ``modality`` names."""
-        return len(read_dataset_json(Path(self.settings.source))["modality"])
-
-    @property
-    def preparation(self) -> dict[str, Any]:
-        """The arguments of `prepare_image`."""
-        names = ("shape", "spacing", "resize", "normalisation")
-        return {name: getattr(self.settings, name) for name in names}
+        return len(self._dataset["modality"])
 
     def split_cases(self) -> dict[str, list[FolderCase]]:
         """The cases of ``train`` and ``val``, by a seeded permutation."""
@@ -160,9 +162,7 @@ class Folder(RecordsBuilder):
     def read_case(self, case: FolderCase) -> ReadCase:
         """Reads and checks one case."""
         image = read_channels(case.images, num_channels=self.num_channels)
-        labels = read_volume(case.label)
-        if labels.array.ndim != 3:
-            raise InputError(f"{case.label}: a label must have 3 dimensions, found 4 (channels).")
+        labels = read_single_channel(case.label, kind="label")
         if difference := grid_difference(labels, image):
             raise InputError(
                 f"{case.label}: expected the grid of its image {case.images[0].name}, "
@@ -178,8 +178,11 @@ class Folder(RecordsBuilder):
     def _label_map(self) -> dict[int, int]:
         if self.settings.label_map:
             return dict(self.settings.label_map)
-        labels = read_dataset_json(Path(self.settings.source))["labels"]
-        return {int(value): int(value) for value in labels}
+        return {int(value): int(value) for value in self._dataset["labels"]}
+
+    @functools.cached_property
+    def _dataset(self) -> dict[str, Any]:
+        return read_dataset_json(Path(self.settings.source))
 
 
 def read_dataset_json(source: Path) -> dict[str, Any]:

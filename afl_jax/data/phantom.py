@@ -17,14 +17,15 @@ amplitude is the roughness of the case. Every number of a case follows from (see
 """
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from scipy import ndimage
 
-from afl_jax.data.records import Case, ReadCase, RecordsBuilder
+from afl_jax.data.cases import Case
+from afl_jax.data.records import ReadCase, RecordsBuilder
 from afl_jax.data.volume import Vector, Volume
-from afl_jax.errors import InputError
+from afl_jax.errors import check_rules
 
 CHANNELS = ("t2w", "adc", "hbv")
 
@@ -86,9 +87,10 @@ class PhantomSettings:
             "empty_fraction": ("from 0 to 1", 0 <= self.empty_fraction <= 1),
             "seed": ("at least 0", self.seed >= 0),
         }
-        for name, (rule, holds) in rules.items():
-            if not holds:
-                raise InputError(f"phantom: {name} must be {rule}, got {getattr(self, name)}.")
+        check_rules(
+            {name: (rule, getattr(self, name), holds) for name, (rule, holds) in rules.items()},
+            where="phantom: ",
+        )
 
 
 class PhantomCase(NamedTuple):
@@ -135,11 +137,6 @@ class Phantom(RecordsBuilder):
     def num_channels(self) -> int:
         """As many as `CHANNELS`."""
         return len(CHANNELS)
-
-    @property
-    def preparation(self) -> dict[str, Any]:
-        """The arguments of `prepare_image`: cases are generated on their grid."""
-        return {"shape": self.settings.shape}
 
     def split_cases(self) -> dict[str, list[Case]]:
         """The cases of ``train`` and ``val``."""

@@ -34,13 +34,14 @@ import importlib.resources
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import numpy as np
 
-from afl_jax.data.preprocess import Normalisation, resample_labels, resample_to
-from afl_jax.data.records import Case, ReadCase, RecordsBuilder, split_by_group
-from afl_jax.data.volume import Vector, Volume, case_name, grid_difference, read_volume
+from afl_jax.data.cases import Case, SourceSettings, require_files, split_by_group
+from afl_jax.data.preprocess import resample_labels, resample_to
+from afl_jax.data.records import ReadCase, RecordsBuilder
+from afl_jax.data.volume import Volume, case_name, grid_difference, read_single_channel
 from afl_jax.errors import InputError
 
 # tfds shows them to someone who has not downloaded the data.
@@ -65,7 +66,7 @@ _MAX_CENTRE_DISTANCE_MM = 30.0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Picai2022Settings:
+class Picai2022Settings(SourceSettings):
     """What to make of PI-CAI.
 
     Attributes:
@@ -85,51 +86,30 @@ class Picai2022Settings:
       exclude: Names of cases to leave out.
     """
 
-    source: str
     shape: tuple[int, int, int] = (160, 128, 24)
-    spacing: Vector | None = None
     resize: bool = False
-    normalisation: Normalisation = "zscore_nonzero"
     clip_percentiles: tuple[float, float] | None = None
     labels: Labels = "human_expert+Pooch25"
     cases: Literal["all", "positive"] = "all"
     fold: int = 0
     val_fraction: float = 0.2
     num_val: int | None = None
-    seed: int = 0
-    exclude: tuple[str, ...] = ()
 
     def __post_init__(self):
-        object.__setattr__(self, "source", str(Path(self.source).resolve()))
-        for name in ("shape", "spacing", "clip_percentiles", "exclude"):
-            value = getattr(self, name)
-            object.__setattr__(self, name, None if value is None else tuple(value))
+        super().__post_init__()
+        clip, fraction = self.clip_percentiles, self.val_fraction
         rules = {
-            "shape": ("three whole numbers from 1", len(self.shape) == 3 and min(self.shape) >= 1),
-            "spacing": (
-                "three positive numbers in mm",
-                self.spacing is None or (len(self.spacing) == 3 and min(self.spacing) > 0),
-            ),
-            "normalisation": (
-                f"one of {get_args(Normalisation)}",
-                self.normalisation in get_args(Normalisation),
-            ),
             "clip_percentiles": (
                 "two numbers from 0 to 100, the lower one first",
-                self.clip_percentiles is None
-                or (
-                    len(self.clip_percentiles) == 2
-                    and 0 <= self.clip_percentiles[0] < self.clip_percentiles[1] <= 100
-                ),
+                clip,
+                clip is None or (len(clip) == 2 and 0 <= clip[0] < clip[1] <= 100),
             ),
-            "labels": (f"one of {get_args(Labels)}", self.labels in get_args(Labels)),
-            "cases": ("'all' or 'positive'", self.cases in ("all", "positive")),
-            "fold": ("from 0 to 4", self.fold in range(5)),
-            "val_fraction": ("between 0 and 1", 0 < self.val_fraction < 1),
+            "labels": (f"one of {get_args(Labels)}", self.labels, self.labels in get_args(Labels)),
+            "cases": ("'all' or 'positive'", self.cases, self.cases in ("all", "positive")),
+            "fold": ("from 0 to 4", self.fold, self.fold in range(5)),
+            "val_fraction": ("between 0 and 1", fraction, 0 < fraction < 1),
         }
-        for name, (rule, holds) in rules.items():
-            if not holds:
-                raise InputError(f"picai2022: {name} must be {rule}, got {getattr(self, name)!r}.")
+        self.check(rules, name="picai2022")
 
 
 class Picai2022(RecordsBuilder):
@@ -187,12 +167,6 @@ class Picai2022(RecordsBuilder):
         """As many as `SEQUENCES`."""
         return len(SEQUENCES)
 
-    @property
-    def preparation(self) -> dict[str, Any]:
-        """The arguments of `prepare_image`."""
-        names = ("shape", "spacing", "resize", "normalisation", "clip_percentiles")
-        return {name: getattr(self.settings, name) for name in names}
-
     def split_cases(self) -> dict[str, list[Case]]:
         """The official fold as ``test``; of the others, some patients as ``val``."""
         settings, folds = self.settings, official_folds()
@@ -213,16 +187,10 @@ class Picai2022(RecordsBuilder):
 
     def read_case(self, case: Case) -> ReadCase:
         """Reads and checks one case."""
+        require_files(case, (*SEQUENCES, "label"))
         *scans, label_path = case.files
-        for sequence, path in zip(SEQUENCES, scans, strict=True):
-            if not path.is_file():
-                raise InputError(
-                    f"case {case.case_id}: its {sequence.upper()}, {path}, is missing; fetch it."
-                )
         image = read_scans(scans)
-        labels = read_volume(label_path)
-        if labels.array.ndim != 3:
-            raise InputError(f"{label_path}: a label must have 3 dimensions, found 4 (channels).")
+        labels = read_single_channel(label_path, kind="label")
         if np.any(labels.array < 0) or np.any(labels.array != np.rint(labels.array)):
             raise InputError(
                 f"{label_path}: expected whole numbers from 0, found others; fetch the file again."
@@ -253,12 +221,10 @@ def read_scans(paths: Sequence[Path]) -> Volume:
     Raises:
       InputError: If a file cannot be read, has channels, or lies elsewhere in the patient.
     """
-    volumes = [read_volume(path) for path in paths]
+    volumes = [read_single_channel(path, kind="sequence") for path in paths]
     reference = volumes[0]
     channels = []
     for path, volume in zip(paths, volumes, strict=True):
-        if volume.array.ndim != 3:
-            raise InputError(f"{path}: a sequence must have 3 dimensions, found 4 (channels).")
         _require_near(path, volume, paths[0], reference)
         moved = resample_to(volume, reference, interpolation="linear")
         channels.append(moved.array.astype(np.float32))

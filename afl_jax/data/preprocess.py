@@ -25,6 +25,8 @@ from afl_jax.errors import InputError
 from afl_jax.lesions import label_components
 
 Normalisation = Literal["zscore_nonzero", "zscore", "none"]
+# Of the options of `prepare_image`, by the names that settings and configs have for them too.
+PREPARATION = ("shape", "spacing", "resize", "normalisation", "clip_percentiles")
 
 # Towards +x, +y and +z of the LPS frame, the negative sense of each is the other letter.
 _AXIS_LETTERS = (("L", "R"), ("P", "A"), ("S", "I"))

@@ -22,15 +22,12 @@ import abc
 import contextlib
 import csv
 import dataclasses
-import functools
 import hashlib
-import io
 import json
 import logging
 import math
 import os
-import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
@@ -40,9 +37,11 @@ import tensorflow_datasets as tfds
 from array_record.python.array_record_module import ArrayRecordWriter
 from tensorflow_datasets.core.dataset_builder import FileReaderBuilder
 
-from afl_jax.data.preprocess import content_box, prepare_image, prepare_labels
+from afl_jax.data.cases import Case
+from afl_jax.data.preprocess import PREPARATION, content_box, prepare_image, prepare_labels
 from afl_jax.data.volume import Volume
 from afl_jax.errors import InputError
+from afl_jax.files import written_beside
 from afl_jax.lesions import label_components
 
 Progress = Callable[[int, int], None]
@@ -51,21 +50,6 @@ _STORED_SPLIT = "cases"
 _SHARD_BYTES = 2**29
 # A change of the foreground's volume, by cropping, that is worth a note.
 _MAX_VOLUME_CHANGE = 0.05
-
-
-@dataclasses.dataclass(frozen=True)
-class Case:
-    """One case of a source, not read yet.
-
-    Attributes:
-      case_id: Unique in the data set.
-      files: All that are read for it; some may be missing.
-      depends_on: JSON-able; whatever else its record depends on.
-    """
-
-    case_id: str
-    files: tuple[Path, ...] = ()
-    depends_on: Any = None
 
 
 class ReadCase(NamedTuple):
@@ -86,10 +70,14 @@ class ReadCase(NamedTuple):
 
 @dataclasses.dataclass(eq=False)
 class RecordsConfig(tfds.core.BuilderConfig):
-    """A tfds config that carries the builder's own settings, a frozen dataclass, and its cases."""
+    """A tfds config that carries the builder's own settings, its cases, and a key of each.
+
+    The settings are a frozen dataclass; a key is a digest of what the case's record depends on.
+    """
 
     settings: Any = None
     cases: Sequence[Case] = ()
+    keys: Sequence[str] = ()
 
 
 class RecordsBuilder(FileReaderBuilder, abc.ABC, skip_registration=True):
@@ -132,7 +120,7 @@ class RecordsBuilder(FileReaderBuilder, abc.ABC, skip_registration=True):
         name = f"{cls.config_name(settings)}-{_digest(keys)}"
         with _quiet_log():
             return cls(
-                config=RecordsConfig(name=name, settings=settings, cases=cases),
+                config=RecordsConfig(name=name, settings=settings, cases=cases, keys=keys),
                 data_dir=data_dir,
                 file_format="array_record",
             )
@@ -161,9 +149,10 @@ class RecordsBuilder(FileReaderBuilder, abc.ABC, skip_registration=True):
         """Reads and checks one case; runs in several threads at once."""
 
     @property
-    @abc.abstractmethod
     def preparation(self) -> dict[str, Any]:
-        """The arguments of `prepare_image`, shape included."""
+        """Of the settings, those that are arguments of `prepare_image`."""
+        settings = self.settings
+        return {name: getattr(settings, name) for name in PREPARATION if hasattr(settings, name)}
 
     @property
     def settings(self) -> Any:
@@ -326,11 +315,10 @@ class RecordsBuilder(FileReaderBuilder, abc.ABC, skip_registration=True):
     def _staging(self) -> Path:
         return Path(self.data_dir).parent.parent / ".cases"
 
-    @functools.cached_property
+    @property
     def _stages(self) -> list[Path]:
         """Where each case is kept until the data set is whole."""
-        keys = [_case_key(type(self), self.settings, case) for case in self.cases]
-        return [self._staging / f"{key}.record" for key in keys]
+        return [self._staging / f"{key}.record" for key in self.builder_config.keys]
 
     def _stage_cases(
         self,
@@ -373,17 +361,11 @@ class RecordsBuilder(FileReaderBuilder, abc.ABC, skip_registration=True):
     def _stage_case(self, index: int) -> None:
         """Writes a case: its row of the table as a line of JSON, then its record as tfds has it."""
         record, row = self.prepare_case(self.cases[index])
-        path = self._stages[index]
-        partial = path.with_name(f"{uuid.uuid4().hex}.partial")
-        try:
-            with partial.open("wb") as file:
-                file.write(json.dumps(row).encode() + b"\n")
-                file.write(self.info.features.serialize_example(record))
-                file.flush()
-                os.fsync(file.fileno())
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
+        with written_beside(self._stages[index]) as partial, partial.open("wb") as file:
+            file.write(json.dumps(row).encode() + b"\n")
+            file.write(self.info.features.serialize_example(record))
+            file.flush()
+            os.fsync(file.fileno())
 
     def _write_table(self) -> None:
         """Writes ``cases.csv`` from what was staged, then removes that."""
@@ -394,13 +376,13 @@ class RecordsBuilder(FileReaderBuilder, abc.ABC, skip_registration=True):
             for stage in stages:
                 with stage.open("rb") as file:
                     rows.append(json.loads(file.readline()))
-            text = io.StringIO(newline="")
-            writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(rows)
-            partial = path.with_name(f".{uuid.uuid4().hex}.partial")
-            partial.write_text(text.getvalue(), encoding="utf-8")
-            partial.replace(path)
+            with (
+                written_beside(path) as partial,
+                partial.open("w", newline="", encoding="utf-8") as file,
+            ):
+                writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+                writer.writeheader()
+                writer.writerows(rows)
         for stage in stages:
             stage.unlink(missing_ok=True)
 
@@ -455,36 +437,6 @@ class _Selection(Sequence):
 
     def __getitem__(self, index: int) -> Any:
         return self._source[self._indices[index]]
-
-
-def split_by_group(
-    cases: Sequence[Case], groups: Mapping[str, str], *, num_held_out: int, seed: int
-) -> tuple[list[Case], list[Case]]:
-    """Holds out whole groups of cases, such as all studies of a patient, drawn by a seed.
-
-    Args:
-      cases: To be split.
-      groups: The group of each case id.
-      num_held_out: Cases to hold out; a few more if the last group drawn has several.
-      seed: Of the order in which groups are drawn.
-
-    Returns:
-      The cases that remain and those held out, each in the order of ``cases``.
-    """
-    names = sorted({groups[case.case_id] for case in cases})
-    sizes = dict.fromkeys(names, 0)
-    for case in cases:
-        sizes[groups[case.case_id]] += 1
-    held_out, count = set(), 0
-    for index in np.random.default_rng(seed).permutation(len(names)):
-        if count >= num_held_out:
-            break
-        held_out.add(names[index])
-        count += sizes[names[index]]
-    return (
-        [case for case in cases if groups[case.case_id] not in held_out],
-        [case for case in cases if groups[case.case_id] in held_out],
-    )
 
 
 def _case_key(builder_class: type[RecordsBuilder], settings: Any, case: Case) -> str:

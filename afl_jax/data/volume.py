@@ -21,7 +21,6 @@ import gzip
 import math
 import os
 import re
-import uuid
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -31,6 +30,7 @@ import numpy as np
 import SimpleITK
 
 from afl_jax.errors import InputError
+from afl_jax.files import written_beside
 
 SimpleITK.ProcessObject.SetGlobalWarningDisplay(False)
 
@@ -142,6 +142,25 @@ def read_volume(path: str | os.PathLike) -> Volume:
     return volume
 
 
+def read_single_channel(path: str | os.PathLike, *, kind: str) -> Volume:
+    """Reads a volume that must not have channels.
+
+    Args:
+      path: See `read_volume`.
+      kind: What it is, for the error: a label, a mask, a sequence.
+
+    Returns:
+      ``[X, Y, Z]``.
+
+    Raises:
+      InputError: As `read_volume`, or if the volume has channels.
+    """
+    volume = read_volume(path)
+    if volume.array.ndim != 3:
+        raise InputError(f"{path}: a {kind} must have 3 dimensions, found 4 (channels).")
+    return volume
+
+
 def read_channels(
     paths: Sequence[Path], *, num_channels: int, tolerance_mm: float = 1e-2
 ) -> Volume:
@@ -209,19 +228,16 @@ def write_volume(path: str | os.PathLike, volume: Volume) -> None:
     suffix = _suffix(path)
     if not path.parent.is_dir():
         raise InputError(f"{path}: cannot be written, its folder does not exist: create it.")
-    partial = path.with_name(f".{uuid.uuid4().hex}.partial{suffix}")
     try:
-        SimpleITK.WriteImage(_to_image(volume), str(partial), useCompression=suffix != ".nii")
-        # ITK does not notice a disk that fills up: what was written is counted before it counts.
-        if suffix != ".mha":
-            _read_bytes(partial, _NIFTI_HEADER_BYTES + volume.array.nbytes)
-        partial.replace(path)
+        with written_beside(path) as partial:
+            SimpleITK.WriteImage(_to_image(volume), str(partial), useCompression=suffix != ".nii")
+            # ITK does not notice a disk that fills up: what was written is counted first.
+            if suffix != ".mha":
+                _read_bytes(partial, _NIFTI_HEADER_BYTES + volume.array.nbytes)
     except (RuntimeError, OSError, EOFError) as error:
         raise InputError(
             f"{path}: cannot be written; check its permissions and that the disk has room."
         ) from error
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def grid_difference(a: Volume, b: Volume, *, tolerance_mm: float = 1e-2) -> str:

@@ -1,0 +1,26 @@
+"""Files that are there whole or not at all."""
+
+import os
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def written_beside(path: str | os.PathLike) -> Iterator[Path]:
+    """A path to write to, which takes the place of another on success and is removed on failure.
+
+    Args:
+        path: Replaced if it exists.
+
+    Yields:
+        A hidden path in the same folder, with the same suffixes.
+    """
+    path = Path(path)
+    beside = path.with_name(f".{uuid.uuid4().hex}.{path.name}")
+    try:
+        yield beside
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
