@@ -1,11 +1,11 @@
-"""From a network to a prediction of a whole volume: probabilities, sliding window, mirroring.
+"""From networks to a prediction of a whole volume: sliding window, mirroring, ensembles.
 
 Functions that take functions: a network arrives as `apply_fn`, [N, X, Y, Z, C] to
-[N, X, Y, Z, K], and `with_mirroring` makes another such function of it. To average
+[N, X, Y, Z, K]; `ensemble` and `with_mirroring` make another such function of it. To average
 probabilities rather than logits, put `class_probs` inside `apply_fn`.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import reduce
 from itertools import combinations, product
 from typing import Literal
@@ -71,6 +71,7 @@ def sliding_window(
     overlap: float = 0.5,
     blend: Literal["gaussian", "constant"] = "gaussian",
     patch_batch: int = 1,
+    progress: Callable[[int, int], None] | None = None,
 ) -> NDArray[np.float32]:
     r"""Apply a network to one image of any size, patch by patch.
 
@@ -81,7 +82,10 @@ def sliding_window(
     is needed, and corners, where a 3D Gaussian is tiny, lose no precision.
 
     `apply_fn` only ever sees arrays of shape [patch_batch, *patch_shape, C]. Pass a jitted
-    function, the same for all images, and it compiles once whatever their sizes.
+    function, the same for all images, and it compiles once whatever their sizes. It is called for
+    the next patches before the last ones are read, so that a device computes while the host adds
+    up. Memory beside the image and the network's own: two batches of patches and one sum of the
+    size of the image.
 
     Args:
         apply_fn: [N, *patch_shape, C] to [N, *patch_shape, K].
@@ -93,6 +97,7 @@ def sliding_window(
         blend: weight of a patch's voxels: "gaussian" trusts the centre more (sigma: an eighth of
             the patch), "constant" trusts all alike.
         patch_batch: number of patches in one call; the last call is filled up with zeros.
+        progress: called with (patches done, patches in all) after each call.
 
     Returns:
         float32 [X, Y, Z, K] or [X, Y, K], on the host.
@@ -127,25 +132,32 @@ def sliding_window(
         for size, patch in zip(image.shape, patch_shape, strict=False)
     ]
     windows = list(product(*axis_windows))
-    total = None
-    for first in range(0, len(windows), patch_batch):
-        chosen = windows[first : first + patch_batch]
-        regions = [tuple(region for region, _ in window) for window in chosen]
-        patches = np.zeros((patch_batch, *patch_shape, image.shape[-1]), np.float32)
-        for patch, region in zip(patches, regions, strict=False):
-            patch[:] = image[region]
-        outputs = np.asarray(apply_fn(patches), np.float32)
-        if outputs.shape[:-1] != patches.shape[:-1]:
+
+    def apply_to_batches() -> Iterator[tuple[list, ArrayLike]]:
+        for first in range(0, len(windows), patch_batch):
+            chosen = windows[first : first + patch_batch]
+            patches = np.zeros((patch_batch, *patch_shape, image.shape[-1]), np.float32)
+            for patch, window in zip(patches, chosen, strict=False):
+                patch[:] = image[tuple(region for region, _ in window)]
+            yield chosen, apply_fn(patches)
+
+    total, num_done = None, 0
+    for chosen, outputs in _one_behind(apply_to_batches()):
+        outputs = np.asarray(outputs, np.float32)
+        if outputs.shape[:-1] != (patch_batch, *patch_shape):
             raise ValueError(
-                f"apply_fn must return [N, *patch_shape, K] = {patches.shape[:-1]} + (K,), "
-                f"got {outputs.shape}."
+                f"apply_fn must return [N, *patch_shape, K] = {(patch_batch, *patch_shape)} + "
+                f"(K,), got {outputs.shape}."
             )
         if total is None:
             # float64: hundreds of overlapping patches would cost float32 its sixth digit.
             total = np.zeros((*image.shape[:-1], outputs.shape[-1]), np.float64)
-        for window, region, output in zip(chosen, regions, outputs, strict=False):
+        for window, output in zip(chosen, outputs, strict=False):
             weight = reduce(np.multiply.outer, [weights for _, weights in window])
-            total[region] += weight[..., None] * output
+            total[tuple(region for region, _ in window)] += weight[..., None] * output
+        num_done += len(chosen)
+        if progress is not None:
+            progress(num_done, len(windows))
     inside = tuple(slice(low, low + size) for (low, _), size in zip(pads, shape, strict=True))
     return total[inside].astype(np.float32)
 
@@ -165,6 +177,32 @@ def _axis_windows(
     for region in regions:
         total[region] += window
     return [(region, window / total[region]) for region in regions]
+
+
+def _one_behind(items: Iterator) -> Iterator:
+    """Yields each item once the next one has been asked for."""
+    previous = next(items)
+    for item in items:
+        yield previous
+        previous = item
+    yield previous
+
+
+def ensemble(apply_fns: Sequence[ApplyFn]) -> ApplyFn:
+    """Average several networks.
+
+    Args:
+        apply_fns: each [N, X, Y, Z, C] to [N, X, Y, Z, K], best with probabilities.
+
+    Returns:
+        A function like each of them, their mean.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if not apply_fns:
+        raise ValueError("apply_fns must hold at least one network, got none.")
+    return lambda image: sum(apply_fn(image) for apply_fn in apply_fns) / len(apply_fns)
 
 
 def with_mirroring(apply_fn: ApplyFn, axes: Sequence[int]) -> ApplyFn:

@@ -1,4 +1,4 @@
-"""What a run says about itself: tables, intervals over cases, figures.
+"""What a run says about itself: tables, and intervals over cases.
 
 A table is a list of rows, a row is a dict from column to value. Numbers are metrics; NaN is an
 undefined metric (see `metrics`) and stays out of means, which carry their number of cases.
@@ -9,10 +9,9 @@ import csv
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from numbers import Integral, Real
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -31,17 +30,7 @@ from rich.table import Table
 
 from afl_jax.files import written_beside
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-
 Row = Mapping[str, Any]
-
-# Okabe and Ito's palette, which colour-blind readers tell apart.
-_SKY_BLUE, _ORANGE, _GREEN, _PURPLE = "#56B4E9", "#E69F00", "#009E73", "#CC79A7"
-_TRUTH_COLOUR, _PREDICTION_COLOUR = _SKY_BLUE, _ORANGE
-_CURVE_COLOURS = ["#0072B2", "#D55E00", _GREEN, _PURPLE, _ORANGE, _SKY_BLUE]
-
 
 # Of a table with a row per case, which fits 80 characters.
 _MAX_COLUMNS = 7
@@ -114,6 +103,54 @@ def summarise(rows: Sequence[Row]) -> dict[str, Summary]:
     return summaries
 
 
+class Tercile(NamedTuple):
+    """One third of the rows, in the order of a column."""
+
+    low: float
+    high: float
+    count: int
+    metrics: dict[str, Summary]
+
+
+def tercile_indices(values: ArrayLike) -> NDArray[np.int_]:
+    """Which third of the values each belongs to, by rank.
+
+    Args:
+        values: [N]; of equal ones the first has the lower rank.
+
+    Returns:
+        [N]: 0, 1 or 2, sizes equal to one, the larger ones first; -1 for NaN.
+    """
+    values = np.asarray(values, np.float64)
+    indices = np.full(values.shape, -1)
+    order = np.argsort(values, kind="stable")[: np.count_nonzero(~np.isnan(values))]
+    for index, part in enumerate(np.array_split(order, 3)):
+        indices[part] = index
+    return indices
+
+
+def by_tercile(rows: Sequence[Row], *, of: str, metrics: Sequence[str]) -> list[Tercile]:
+    """Means of metrics in thirds of the rows.
+
+    Args:
+        rows: one per case, or lesion.
+        of: the column by which they are ranked; a row whose value is NaN is left out.
+        metrics: columns of which the mean is taken.
+
+    Returns:
+        From the lowest third to the highest; empty thirds are left out.
+    """
+    indices = tercile_indices([row[of] for row in rows])
+    terciles = []
+    for index in range(3):
+        part = [row for row, i in zip(rows, indices, strict=True) if i == index]
+        if part:
+            values = [float(row[of]) for row in part]
+            summaries = summarise([{name: row[name] for name in metrics} for row in part])
+            terciles.append(Tercile(min(values), max(values), len(part), summaries))
+    return terciles
+
+
 def write_csv(path: str | Path, rows: Sequence[Row]) -> None:
     """Write rows as CSV, with a header.
 
@@ -178,8 +215,15 @@ def _jsonable(content: Any) -> Any:
     return content
 
 
-def _format(value: Any) -> str:
-    """A table cell: three decimals, fewer for large numbers; undefined is a dash."""
+def format_cell(value: Any) -> str:
+    """A table cell.
+
+    Args:
+        value: anything; what is no number is given as its text.
+
+    Returns:
+        A number with three decimals, a large one with none; a dash for what is undefined.
+    """
     if value is None or (_is_number(value) and math.isnan(value)):
         return "-"
     if _is_number(value) and not isinstance(value, Integral):
@@ -216,7 +260,7 @@ def case_table(rows: Sequence[Row], *, title: str) -> Table:
             column, justify=justify, overflow="fold", min_width=5 if is_metric else None
         )
     for row in rows:
-        table.add_row(*[_format(row.get(column)) for column in columns])
+        table.add_row(*[format_cell(row.get(column)) for column in columns])
     table.add_section()
     for name, field, style in [
         ("mean", "mean", "bold"),
@@ -224,7 +268,7 @@ def case_table(rows: Sequence[Row], *, title: str) -> Table:
         ("95 % to", "high", ""),
         ("cases", "count", "dim"),
     ]:
-        cells = {column: _format(getattr(summaries[column], field)) for column in summaries}
+        cells = {column: format_cell(getattr(summaries[column], field)) for column in summaries}
         # The first column names the case, so it names the summary too.
         table.add_row(name, *[cells.get(column, "") for column in columns[1:]], style=style)
     return table
@@ -236,7 +280,7 @@ def _metric_table(summaries: Mapping[str, Summary], *, title: str) -> Table:
     for column in ("metric", "mean", "95 % from", "to", "cases"):
         table.add_column(column, justify="left" if column == "metric" else "right")
     for name, summary in summaries.items():
-        table.add_row(name, *[_format(value) for value in summary])
+        table.add_row(name, *[format_cell(value) for value in summary])
     return table
 
 
@@ -283,188 +327,3 @@ def progress_bar(console: Console, *columns: ProgressColumn) -> Progress:
         disable=not console.is_terminal,
         transient=True,
     )
-
-
-@dataclass(frozen=True)
-class OverlayCase:
-    """One row of `overlay_figure`.
-
-    Attributes:
-        case_id: shown in the title.
-        image: [X, Y, Z, C] or [X, Y, C]; the first channel is shown.
-        truth: [X, Y, Z] or [X, Y] integer classes.
-        prediction: like `truth`.
-        spacing: mm, one per axis.
-        dice: shown in the title; NaN shows as undefined.
-    """
-
-    case_id: str
-    image: NDArray
-    truth: NDArray
-    prediction: NDArray
-    spacing: Sequence[float]
-    dice: float
-
-    @property
-    def slice_index(self) -> int | None:
-        """The z with most foreground in the truth, else in the prediction, else the middle."""
-        if self.truth.ndim == 2:
-            return None
-        for labels in (self.truth, self.prediction):
-            area = (labels > 0).sum(axis=(0, 1))
-            if area.any():
-                return int(area.argmax())
-        return self.truth.shape[2] // 2
-
-    @property
-    def planes(self) -> tuple[NDArray, NDArray, NDArray]:
-        """Image, truth and prediction of the slice shown, each [X, Y]."""
-        plane = (..., self.slice_index) if self.truth.ndim == 3 else ...
-        return self.image[..., 0][plane], self.truth[plane], self.prediction[plane]
-
-
-def overlay_figure(cases: Sequence[OverlayCase], path: str | Path) -> None:
-    """Draw a few cases: image, image with the truth's outline, image with the prediction's.
-
-    One row per case, on the axial slice with most foreground. Arrays are x, y, z in LPS order:
-    x runs to the right and y down, in their true proportions.
-
-    Args:
-        cases: at least one.
-        path: a PNG, replaced if it exists.
-    """
-    from matplotlib.figure import Figure
-    from matplotlib.lines import Line2D
-
-    panel_width, gap, title_height, legend_height = 3.0, 0.08, 0.32, 0.42  # inches
-    panel_heights = []
-    for case in cases:
-        num_x, num_y = case.truth.shape[:2]
-        height = panel_width * num_y * case.spacing[1] / (num_x * case.spacing[0])
-        panel_heights.append(min(height, 2 * panel_width))
-    width = 3 * panel_width + 4 * gap
-    height = sum(panel_heights) + len(cases) * title_height + legend_height
-    figure = Figure(figsize=(width, height), dpi=150, facecolor="white")
-
-    bottom = height
-    for case, panel_height in zip(cases, panel_heights, strict=True):
-        bottom -= title_height + panel_height
-        image, truth, prediction = case.planes
-        outlines = [
-            (None, None),
-            (truth, _TRUTH_COLOUR),
-            (prediction, _PREDICTION_COLOUR),
-        ]
-        for column, (labels, colour) in enumerate(outlines):
-            left = gap + column * (panel_width + gap)
-            axes = figure.add_axes(
-                (left / width, bottom / height, panel_width / width, panel_height / height)
-            )
-            _draw_slice(axes, image, case.spacing)
-            if labels is not None:
-                _draw_outline(axes, labels, case.spacing, colour)
-        z = "" if case.slice_index is None else f", slice {case.slice_index}"
-        dice = "undefined" if math.isnan(case.dice) else f"{case.dice:.3f}"
-        figure.axes[-3].set_title(f"{case.case_id}{z}", loc="left", fontsize=10)
-        figure.axes[-1].set_title(f"Dice {dice}", loc="right", fontsize=10)
-
-    handles = [
-        Line2D([], [], color=_TRUTH_COLOUR, linewidth=2, label="truth"),
-        Line2D([], [], color=_PREDICTION_COLOUR, linewidth=2, label="prediction"),
-    ]
-    figure.legend(
-        handles=handles,
-        loc="center",
-        bbox_to_anchor=(0.5, legend_height / 2 / height),
-        ncols=2,
-        frameon=False,
-        fontsize=10,
-    )
-    _save(figure, path)
-
-
-def _draw_slice(axes: "Axes", image: NDArray, spacing: Sequence[float]) -> None:
-    """Show [X, Y] in mm, x to the right and y down, grey from the 1st to the 99th percentile."""
-    low, high = np.percentile(image, [1, 99])
-    axes.imshow(
-        image.T,
-        cmap="gray",
-        vmin=low,
-        vmax=high,
-        extent=(0, image.shape[0] * spacing[0], image.shape[1] * spacing[1], 0),
-    )
-    axes.set_facecolor("black")
-    axes.set_axis_off()
-
-
-def _draw_outline(axes: "Axes", labels: NDArray, spacing: Sequence[float], colour: str) -> None:
-    """Draw the edges of the voxels that bound each class: exact, also for a single voxel."""
-    from matplotlib.collections import LineCollection
-
-    segments = []
-    for value in np.unique(labels[labels > 0]):
-        mask = np.pad(labels == value, 1).astype(np.int8)
-        # An edge lies between voxel i - 1 and i wherever the mask changes.
-        for x, y in np.argwhere(np.diff(mask, axis=0)[:, 1:-1]):
-            segments.append([(x, y), (x, y + 1)])
-        for x, y in np.argwhere(np.diff(mask, axis=1)[1:-1]):
-            segments.append([(x, y), (x + 1, y)])
-    if segments:
-        scaled = np.asarray(segments, float) * np.asarray(spacing[:2], float)
-        axes.add_collection(
-            LineCollection(scaled, colors=colour, linewidths=1.5, capstyle="projecting")
-        )
-
-
-def curves_figure(
-    history: Sequence[Row],
-    path: str | Path,
-    *,
-    loss_columns: Sequence[str] = ("loss",),
-    metric_columns: Sequence[str] = ("dice", "iou", "sensitivity", "specificity"),
-) -> None:
-    """Draw the course of a run: losses on the left, validation metrics on the right.
-
-    Args:
-        history: one row per epoch with the column `epoch`. A column that no row has is left out;
-            an epoch without a value, or with NaN, is a point left out.
-        path: a PNG, replaced if it exists.
-        loss_columns: drawn on the left.
-        metric_columns: fractions, drawn on the right between 0 and 1.
-    """
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9, 3.2), dpi=150, facecolor="white", layout="constrained")
-    loss_axes, metric_axes = figure.subplots(1, 2)
-    _draw_curves(loss_axes, history, loss_columns)
-    loss_axes.set_title("loss", loc="left", fontsize=11)
-    _draw_curves(metric_axes, history, metric_columns)
-    metric_axes.set_title("validation", loc="left", fontsize=11)
-    metric_axes.set_ylim(0, 1.02)
-    _save(figure, path)
-
-
-def _draw_curves(axes: "Axes", history: Sequence[Row], columns: Sequence[str]) -> None:
-    from matplotlib.ticker import MaxNLocator
-
-    for column, colour in zip(columns, _CURVE_COLOURS, strict=False):
-        points = [
-            (row["epoch"], row[column])
-            for row in history
-            if _is_number(row.get(column)) and math.isfinite(row[column])
-        ]
-        if points:
-            # A marker while points are few: a run of one epoch is a dot, not an empty panel.
-            marker = "o" if len(points) <= 30 else None
-            axes.plot(*zip(*points, strict=True), color=colour, label=column, marker=marker, ms=3)
-    axes.set_xlabel("epoch")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(axis="y", alpha=0.3)
-    if axes.lines:
-        axes.legend(frameon=False, fontsize=9)
-
-
-def _save(figure: "Figure", path: str | Path) -> None:
-    with written_beside(path) as beside:
-        figure.savefig(beside, format="png")

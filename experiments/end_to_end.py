@@ -112,11 +112,11 @@ def run_all(runs: Mapping[str, Config], *, source: Path, out: Path, data_dir: Pa
         config, run = dataclasses.replace(config, data=data), out / name
         console.rule(name)
         code = train(out=run, config=config, resume=(run / "config.json").exists())
-        code = code or predict(run=run, split="test", out=run / "test")
-        code = code or evaluate(predictions=run / "test", run=run, out=run / "test.csv")
+        code = code or predict(run=(run,), split="test", out=run / "test", overwrite=True)
+        code = code or evaluate(predictions=run / "test", run=run)
         if code:
             return code
-        with (run / "test.csv").open(newline="") as file:
+        with (run / "test" / "evaluation" / "cases.csv").open(newline="") as file:
             rows = [{m: float(row[m]) for m in METRICS} for row in csv.DictReader(file)]
         summaries = reports.summarise(rows)
         minutes = f"{(time.monotonic() - start) / 60:.1f}"

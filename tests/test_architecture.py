@@ -49,6 +49,10 @@ ALLOWED: dict[str, set[str]] = {
     "inference": set(),
     "files": set(),
     "reports": {"files"},
+    "figures": {"files", "reports"},
+    "evaluation": {"lesions", "metrics", "reports"},
+    "detection": set(),
+    "html_report": {"figures", "reports"},
     "loop": {"checkpoint", "config", "metrics", "parallel", "reports"},
 }
 # The command line is where names become objects: it alone may import everything.

@@ -144,7 +144,7 @@ def test_evaluation_counts_what_is_there(tmp_path, capsys):
         str(tmp_path / "labels"),
     ]
     assert main(["evaluate", *arguments]) == 0
-    (row,) = read_rows(tmp_path / "predictions" / "evaluation.csv")
+    (row,) = read_rows(tmp_path / "predictions" / "evaluation" / "cases.csv")
     # 4 of 9 foreground voxels are found, and 1 of 2 lesions.
     assert float(row["dice"]) == pytest.approx(2 * 4 / (4 + 9))
     assert float(row["iou"]) == pytest.approx(4 / 9)
@@ -158,10 +158,10 @@ def test_evaluation_counts_what_is_there(tmp_path, capsys):
         "--label-map",
         *["0", "0", "1", "1", "2", "0"],
         "--out",
-        str(tmp_path / "mapped.csv"),
+        str(tmp_path / "mapped"),
     ]
     assert main(["evaluate", *arguments]) == 0
-    (row,) = read_rows(tmp_path / "mapped.csv")
+    (row,) = read_rows(tmp_path / "mapped" / "cases.csv")
     assert float(row["dice"]) == pytest.approx(2 * 4 / (4 + 8))
 
 
@@ -319,7 +319,7 @@ def test_one_bad_image_does_not_stop_the_others(run, tmp_path, capsys):
     arguments = ["predict", "--run", str(run), "--out", str(out), "--images", str(bad), str(good)]
     assert main(arguments) == 2
     assert f"afl-jax: error: {bad}" in capsys.readouterr().err
-    assert [path.name for path in out.iterdir()] == ["good.nii.gz"]
+    assert [path.name for path in out.glob("*.nii.gz")] == ["good.nii.gz"]
 
 
 def test_a_run_that_never_came_to_a_checkpoint_begins_anew(run, tmp_path):
@@ -344,7 +344,7 @@ def test_three_classes_train_predict_and_evaluate(tmp_path):
     assert main(["predict", "--run", str(out), "--images", *images, "--out", str(masks)]) == 0
     folders = ["--predictions", str(masks), "--labels", str(source / "labelsTr")]
     assert main(["evaluate", *folders, "--num-classes", "3"]) == 0
-    (row,) = read_rows(masks / "evaluation.csv")
+    (row,) = read_rows(masks / "evaluation" / "cases.csv")
     assert {"dice_1", "dice_2"} <= set(row)
 
 
@@ -411,7 +411,7 @@ def test_hippocampus_is_prepared_trained_and_predicted(real_data, tmp_path):
         assert same_grid(read_volume(masks / path.name), read_volume(path), tolerance_mm=1e-4)
     labels = source / "labelsTr"
     assert main(["evaluate", "--predictions", str(masks), "--labels", str(labels)]) == 0
-    assert len(read_rows(masks / "evaluation.csv")) == 3
+    assert len(read_rows(masks / "evaluation" / "cases.csv")) == 3
 
 
 def test_a_network_begins_with_given_weights_and_may_keep_its_encoder(run, tmp_path, data_dir):

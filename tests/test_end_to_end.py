@@ -52,7 +52,7 @@ def test_picai_goes_from_raw_files_to_masks_on_t2w_and_a_table(picai_run, capsys
     assert main(["evaluate", "--predictions", str(masks), "--run", str(run)]) == 0
     output = capsys.readouterr().out
     assert "lesion_f1" in output
-    rows = read_rows(masks / "evaluation.csv")
+    rows = read_rows(masks / "evaluation" / "cases.csv")
     # Of the two cases of fold 0, both have a lesion.
     assert len(rows) == 2
     for row in rows:
@@ -74,7 +74,7 @@ def test_labels_as_predictions_are_perfect_on_their_own_grid(picai_run, tmp_path
             label = read_volume(path)
             write_volume(tmp_path / name, dataclasses.replace(label, array=label.array > 0))
     assert main(["evaluate", "--predictions", str(tmp_path), "--run", str(run)]) == 0
-    rows = read_rows(tmp_path / "evaluation.csv")
+    rows = read_rows(tmp_path / "evaluation" / "cases.csv")
     assert len(rows) == 7
     for row in rows:
         assert float(row["dice"]) == float(row["lesion_f1"]) == 1
@@ -140,7 +140,7 @@ def test_a_case_that_went_bad_does_not_stop_the_others(picai_run, tmp_path, caps
     out = tmp_path / "masks"
     arguments = ["--run", str(run), "--source", str(moved), "--out", str(out), "--split", "test"]
     assert main(["predict", *arguments]) == 2
-    assert [path.name for path in out.iterdir()] == [f"{good}.nii.gz"]
+    assert [path.name for path in out.glob("*.nii.gz")] == [f"{good}.nii.gz"]
     assert f"{bad}_t2w.mha: cannot be read" in capsys.readouterr().err
 
 
@@ -158,7 +158,7 @@ def test_brats_goes_from_raw_files_to_masks_on_flair_and_a_table(tmp_path):
     assert code == 0
     assert main(["predict", "--run", str(run), "--split", "test", "--out", str(masks)]) == 0
     assert main(["evaluate", "--predictions", str(masks), "--run", str(run)]) == 0
-    rows = read_rows(masks / "evaluation.csv")
+    rows = read_rows(masks / "evaluation" / "cases.csv")
     assert len(rows) == 2
     assert {"dice_1", "dice_2", "dice_3"} <= set(rows[0])
     for row in rows:
@@ -196,4 +196,4 @@ def test_the_smoke_run_of_an_experiment(experiment, tmp_path):
         # The tumours are plain, and found where they are.
         assert float(dice[1]) > 0.3
     for name in names:
-        assert len(read_rows(tmp_path / name / "test.csv")) == 2
+        assert len(read_rows(tmp_path / name / "test" / "evaluation" / "cases.csv")) == 2

@@ -7,7 +7,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from afl_jax.inference import class_probs, labels_from_probs, sliding_window, with_mirroring
+from afl_jax.inference import (
+    class_probs,
+    ensemble,
+    labels_from_probs,
+    sliding_window,
+    with_mirroring,
+)
 
 
 def test_class_probs():
@@ -240,3 +246,41 @@ def test_mirroring_compiles_the_network_once():
 def test_bad_axes_are_refused(axes):
     with pytest.raises(ValueError, match=r"^axes must be different spatial axes from 0, got "):
         with_mirroring(lambda patches: patches, axes)
+
+
+def test_an_ensemble_is_the_mean_of_its_networks():
+    image = np.array([1.0, 2.0]).reshape(1, 2, 1, 1)
+    output = ensemble([lambda x: x, lambda x: 3 * x, lambda x: x + 5])(image)
+    np.testing.assert_allclose(output, (5 * image + 5) / 3)
+    with pytest.raises(ValueError, match=r"^apply_fns must hold at least one network, got none\.$"):
+        ensemble([])
+
+
+def test_the_next_patches_are_asked_for_before_the_last_are_read():
+    events = []
+
+    class Computing:
+        """An array on a device, which is waited for when it is read."""
+
+        def __init__(self, number, values):
+            self.number, self.values = number, values
+
+        def __array__(self, dtype=None, copy=None):
+            events.append(f"read {self.number}")
+            return np.asarray(self.values, dtype)
+
+    def network(patches):
+        number = sum(event.startswith("call") for event in events)
+        events.append(f"call {number}")
+        return Computing(number, patches)
+
+    done = []
+    sliding_window(
+        network,
+        np.zeros((6, 1, 1)),
+        patch_shape=(2, 1),
+        overlap=0.0,
+        progress=lambda *counts: done.append(counts),
+    )
+    assert events == ["call 0", "call 1", "read 0", "call 2", "read 1", "read 2"]
+    assert done == [(1, 3), (2, 3), (3, 3)]

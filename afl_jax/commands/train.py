@@ -12,7 +12,7 @@ import numpy as np
 import tyro
 from rich.console import Console
 
-from afl_jax import inference, loop, parallel, reports, training
+from afl_jax import figures, inference, loop, parallel, reports, training
 from afl_jax.checkpoint import CheckpointStore
 from afl_jax.commands import construct
 from afl_jax.config import Config, check_config, read_config, to_json
@@ -162,8 +162,8 @@ def train(
     batches = construct.create_loader(builder, "val", config)
     cases = _overlay_cases(variables, rows, batches, eval_step=eval_step, devices=devices)
     reports.write_csv(out / "validation.csv", rows)
-    reports.overlay_figure(cases, out / "overlay.png")
-    reports.curves_figure(
+    figures.overlay_figure(cases, out / "overlay.png")
+    figures.curves_figure(
         history,
         out / "curves.png",
         loss_columns=("loss", "val_loss"),
@@ -206,7 +206,7 @@ def _overlay_cases(
     *,
     eval_step: Callable[..., Any],
     devices: Sequence[jax.Device],
-) -> list[reports.OverlayCase]:
+) -> list[figures.OverlayCase]:
     """Cases from the best to the worst Dice, evenly spread, with their predictions."""
     ranked = sorted((row for row in rows if row["dice"] == row["dice"]), key=lambda r: -r["dice"])
     ranked = ranked or list(rows)
@@ -220,7 +220,7 @@ def _overlay_cases(
         for i in np.flatnonzero(batch["valid"]):
             case_id = str(batch["case_id"][i])
             if case_id in dice:
-                cases[case_id] = reports.OverlayCase(
+                cases[case_id] = figures.OverlayCase(
                     case_id=case_id,
                     image=batch["image"][i],
                     truth=batch["labels"][i],

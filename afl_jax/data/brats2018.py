@@ -150,6 +150,11 @@ class Brats2018(RecordsBuilder):
         return max(_CLASSES[self.settings.target].values()) + 1
 
     @property
+    def regions(self) -> dict[str, tuple[int, ...]]:
+        """The regions that contain each other, where all three are targets."""
+        return {"WT": (1, 2, 3), "TC": (2, 3), "ET": (3,)} if self.num_classes > 2 else {}
+
+    @property
     def num_channels(self) -> int:
         """As many as `SEQUENCES`."""
         return len(SEQUENCES)

@@ -149,6 +149,11 @@ class RecordsBuilder(FileReaderBuilder, abc.ABC, skip_registration=True):
         """Reads and checks one case; runs in several threads at once."""
 
     @property
+    def regions(self) -> dict[str, tuple[int, ...]]:
+        """Sets of classes that are scored in place of each class, by name; none by default."""
+        return {}
+
+    @property
     def preparation(self) -> dict[str, Any]:
         """Of the settings, those that are arguments of `prepare_image`."""
         settings = self.settings
