@@ -10,6 +10,8 @@ References:
     (PI-CAI)", 2024, https://doi.org/10.1016/S1470-2045(24)00220-1
 """
 
+import contextlib
+import importlib
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -51,7 +53,10 @@ def require_picai_eval() -> None:
         InputError: If it is not.
     """
     try:
-        import picai_eval  # noqa: F401
+        # They greet whoever imports them.
+        with contextlib.redirect_stdout(None):
+            importlib.import_module("picai_eval")
+            importlib.import_module("report_guided_annotation")
     except ImportError as error:
         raise InputError(
             'PI-CAI\'s scores need an extra package: pip install "afl-jax[picai]".'

@@ -9,11 +9,12 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from afl_jax import lesions, metrics, reports
+from afl_jax import irregularity, lesions, metrics, reports
 
 Row = dict[str, Any]
 Structures = Mapping[str, Sequence[int]]
@@ -25,10 +26,13 @@ VOXEL_METRICS = {
     "specificity": metrics.specificity,
     "precision": metrics.precision,
 }
-# Whose means are given for thirds of the cases by size and by sphericity.
+# Whose means are given for thirds of the cases by size and by irregularity.
 TERCILE_METRICS = ("dice", "sensitivity", "precision", "hd95_mm", "lesion_f1")
+_SHAPE_STEP = 16
 # IoU above which a lesion is found by the stricter of the two criteria.
 STRICT_MIN_IOU = 0.1
+
+_surface_irregularity = jax.jit(irregularity.surface_irregularity)
 
 
 class CaseEvaluation(NamedTuple):
@@ -36,8 +40,8 @@ class CaseEvaluation(NamedTuple):
 
     Attributes:
         row: Metric to value; NaN is undefined.
-        lesions: A row for each lesion of the labels: its number, volume, sphericity, and whether
-            it was detected.
+        lesions: A row for each lesion of the labels: its number, volume, irregularity, and
+            whether it was detected.
     """
 
     row: Row
@@ -84,7 +88,7 @@ def evaluate_case(
         ``surface_dice``. Then the paper's ``soft_dice`` and ``soft_iou``; and of all foreground
         ``lesion_tp``, ``lesion_fp``, ``lesion_fn`` and ``lesion_f1``, by one voxel of overlap and,
         as ``strict_lesion_...``, by an IoU above `STRICT_MIN_IOU`; ``lesions``, ``volume_mm3`` and
-        ``sphericity`` of the labels, the last the mean over lesions weighted by volume.
+        ``irregularity`` of the labels, see `irregularity.surface_irregularity`.
 
     Raises:
         ValueError: If shapes do not fit.
@@ -114,15 +118,11 @@ def evaluate_case(
         row |= {f"{prefix}_{name}": count for name, count in counts._asdict().items()}
         row[f"{prefix}_f1"] = lesions.lesion_f1(counts)
     lesion_rows = _lesion_rows(predicted, true, spacing=spacing)
-    volumes = np.array([lesion["volume_mm3"] for lesion in lesion_rows])
-    sphericities = np.array([lesion["sphericity"] for lesion in lesion_rows])
     row |= {
         "lesions": len(lesion_rows),
-        "volume_mm3": float(volumes.sum()),
-        "sphericity": math.nan,
+        "volume_mm3": float(sum(lesion["volume_mm3"] for lesion in lesion_rows)),
+        "irregularity": _irregularity(true, spacing=spacing),
     }
-    if lesion_rows:
-        row["sphericity"] = float(np.average(sphericities, weights=volumes))
     return CaseEvaluation(row, lesion_rows)
 
 
@@ -136,9 +136,9 @@ def summarise(cases: Sequence[Row], lesion_rows: Sequence[Row]) -> dict[str, Any
     Returns:
         ``metrics``, a `reports.Summary` of each; ``lesions``, under ``lesion`` and
         ``strict_lesion``, the counts over all cases with their sensitivity, precision and F1;
-        ``cases_by_volume`` and ``cases_by_sphericity``, the means of `TERCILE_METRICS` in thirds of
-        the cases that have lesions; ``lesions_by_volume``, the share of lesions that is detected,
-        likewise.
+        ``cases_by_volume`` and ``cases_by_irregularity``, the means of `TERCILE_METRICS` in thirds
+        of the cases that have lesions; ``lesions_by_volume``, the share of lesions that is
+        detected, likewise.
     """
     pooled = {}
     for prefix in ("lesion", "strict_lesion"):
@@ -161,8 +161,8 @@ def summarise(cases: Sequence[Row], lesion_rows: Sequence[Row]) -> dict[str, Any
         "cases_by_volume": reports.by_tercile(
             with_lesions, of="volume_mm3", metrics=TERCILE_METRICS
         ),
-        "cases_by_sphericity": reports.by_tercile(
-            with_lesions, of="sphericity", metrics=TERCILE_METRICS
+        "cases_by_irregularity": reports.by_tercile(
+            with_lesions, of="irregularity", metrics=TERCILE_METRICS
         ),
         "lesions_by_volume": reports.by_tercile(lesion_rows, of="volume_mm3", metrics=detection),
     }
@@ -196,24 +196,35 @@ def _lesion_rows(
 ) -> list[Row]:
     found = lesions.lesion_detections(predicted, true, spacing=spacing)
     strictly = lesions.lesion_detections(predicted, true, spacing=spacing, min_iou=STRICT_MIN_IOU)
-    columns = (
-        found.volume_mm3,
-        lesions.lesion_sphericity(true, spacing=spacing),
-        found.detected,
-        strictly.detected,
-    )
+    components, _ = lesions.label_components(true)
+    surfaces = [
+        _irregularity(components[box] == index, spacing=spacing)
+        for index, box in enumerate(ndimage.find_objects(components), start=1)
+    ]
+    columns = (found.volume_mm3, surfaces, found.detected, strictly.detected)
     return [
         {
             "lesion": number,
             "volume_mm3": float(volume_mm3),
-            "sphericity": float(sphericity),
+            "irregularity": surface,
             "detected": int(detected),
             "strictly_detected": int(strict),
         }
-        for number, (volume_mm3, sphericity, detected, strict) in enumerate(
+        for number, (volume_mm3, surface, detected, strict) in enumerate(
             zip(*columns, strict=True), start=1
         )
     ]
+
+
+def _irregularity(mask: NDArray[np.bool_], *, spacing: Sequence[float]) -> float:
+    """Of the surface of a mask; NaN if it is empty."""
+    if not mask.any():
+        return math.nan
+    # The measure is compiled for a shape: of the many boxes of lesions, few are different.
+    mask = np.pad(mask, [(0, -size % _SHAPE_STEP) for size in mask.shape])
+    return float(
+        _surface_irregularity(mask[None], spacing=np.asarray(spacing, np.float32)[None])[0]
+    )
 
 
 def _nan_mean(values: Sequence[float]) -> float:

@@ -148,9 +148,11 @@ def case_figure(case: OverlayCase) -> bytes:
     low, high = np.zeros(2), size_mm
     marked = np.argwhere((truth > 0) | (prediction > 0))
     if len(marked):
-        # A square view, so that all three panels of all cases are of one height.
-        centre = (marked.min(axis=0) + marked.max(axis=0) + 1) / 2 * spacing
+        # A square, so that the panels of all cases are of one height; inside of the image.
         half = ((np.ptp(marked, axis=0) + 1) * spacing).max() / 2 + _CLOSE_UP_MARGIN_MM
+        half = min(half, size_mm.min() / 2)
+        centre = (marked.min(axis=0) + marked.max(axis=0) + 1) / 2 * spacing
+        centre = np.clip(centre, half, size_mm - half)
         low, high = centre - half, centre + half
     figure = Figure(figsize=(9, 3), dpi=130, facecolor="white")
     for column in range(3):
@@ -232,7 +234,7 @@ def trend_figure(rows: Sequence[Row], columns: Mapping[str, str], *, metric: str
         axes.set_ylim(-0.03, 1.03)
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(axis="y", alpha=0.3)
-    panels[0].set_ylabel(metric)
+    panels[0].set_ylabel(metric.capitalize())
     return _as_svg(figure)
 
 

@@ -34,7 +34,7 @@ METRIC_NAMES = {
     "strict_lesion_f1": "Lesion-wise F1, IoU above 0.1",
     "lesions": "Lesions",
     "volume_mm3": "Lesion volume, mm³",
-    "sphericity": "Sphericity",
+    "irregularity": "Irregularity of the boundary",
     "detected": "Detected",
     "strictly_detected": "IoU above 0.1",
 }
@@ -42,6 +42,8 @@ _FRACTIONS = (
     *("dice", "iou", "sensitivity", "specificity", "precision"),
     *("surface_dice", "lesion_f1", "strict_lesion_f1"),
 )
+# Of lesions, whose sums over cases are shown in place of their means.
+_COUNTS = ("_tp", "_fp", "_fn", "lesions")
 _DISTANCES = ("hd_mm", "hd95_mm", "assd_mm")
 
 
@@ -74,6 +76,7 @@ def evaluation_html(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters |= {"cell": format_cell, "metric": metric_name}
+    environment.tests["count"] = lambda column: column.endswith(_COUNTS)
     template = environment.from_string(
         resources.files("afl_jax").joinpath("evaluation.html.jinja").read_text(encoding="utf-8")
     )
@@ -82,7 +85,7 @@ def evaluation_html(
         {name: METRIC_NAMES[name] for name in names if name in columns}
         for names in (_FRACTIONS, _DISTANCES)
     ]
-    properties = {name: METRIC_NAMES[name] for name in ("volume_mm3", "sphericity")}
+    properties = {name: METRIC_NAMES[name] for name in ("volume_mm3", "irregularity")}
     return template.render(
         title=title,
         facts=facts,

@@ -1,4 +1,4 @@
-"""Lesion-wise counts, shapes and surface distances of one case, on the host.
+"""Lesion-wise counts and surface distances of one case, on the host.
 
 Masks are single-class arrays [X, Y, Z] or [X, Y]; every voxel above 0 is foreground. For several
 classes call once per class with `labels == c`. What each metric gives for empty masks stands in
@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-import SimpleITK
 from numpy.typing import ArrayLike, NDArray
 from scipy import ndimage
 
@@ -85,46 +84,6 @@ def lesion_volumes_mm3(
     _check_spacing(spacing, components)
     voxels = np.bincount(components.ravel(), minlength=num_components + 1)[1:]
     return voxels * math.prod(spacing)
-
-
-def lesion_sphericity(
-    mask: ArrayLike, *, spacing: Sequence[float], connectivity: int = 26
-) -> NDArray[np.float64]:
-    r"""Sphericity of every lesion: how smooth and compact its boundary is.
-
-    .. math:: \Psi = \frac{\pi^{1/3} (6 V)^{2/3}}{A}
-
-    the surface of a ball of the lesion's volume V over its own surface A, which SimpleITK
-    estimates from the lesion's crossings with lines in thirteen directions (Crofton's formula), so
-    that a ball of voxels is one of sphericity 1, within 0.02 from a few hundred voxels on and
-    within 0.1 from a few dozen.
-
-    Args:
-        mask: [X, Y, Z] or [X, Y]; in 2D a disc's perimeter is what a ball's surface is in 3D.
-        spacing: mm, one per axis.
-        connectivity: as in `label_components`.
-
-    Returns:
-        [L] in (0, 1], in the order of `label_components`: 1 for a ball, 0.81 for a cube, less for
-        what is thin, lobed or rough. An estimate above 1, as of a single voxel, is given as 1.
-
-    Raises:
-        ValueError: `spacing` does not fit the mask.
-
-    References:
-        Lehmann, Legland, "Efficient N-Dimensional surface estimation using Crofton formula and
-        run-length encoding", 2012, https://hdl.handle.net/10380/3342
-    """
-    components, num_components = label_components(mask, connectivity=connectivity)
-    _check_spacing(spacing, components)
-    image = SimpleITK.GetImageFromArray(components.T)
-    image.SetSpacing([float(mm) for mm in spacing])
-    shapes = SimpleITK.LabelShapeStatisticsImageFilter()
-    shapes.ComputePerimeterOn()
-    shapes.Execute(image)
-    # ITK's name for it is roundness.
-    values = [min(shapes.GetRoundness(index), 1.0) for index in range(1, num_components + 1)]
-    return np.array(values, np.float64)
 
 
 def _matches(

@@ -98,7 +98,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             continue
         else:
             rows = [bench_pipeline(options=options)]
-        parts.append(_markdown(rows))
+        parts.append(markdown(rows))
         print("\n" + parts[-1], flush=True)
     if options.out is not None:
         partial = options.out.with_name(options.out.name + ".partial")
@@ -218,7 +218,7 @@ def bench_network(
             "memory, GB": _planned_memory(program),
         }
         if options.peer is not None:
-            row |= _compared(seconds[kind], seconds[f"peer {kind}"])
+            row |= compared(seconds[kind], seconds[f"peer {kind}"])
         rows.append(row)
     return rows
 
@@ -251,7 +251,7 @@ def bench_loss(shape: tuple[int, int, int], *, options: argparse.Namespace) -> R
         "volume": " x ".join(map(str, shape)),
         "seconds": f"{np.median(seconds['loss']):.4f}",
     }
-    return row | (_compared(seconds["loss"], seconds["peer"]) if options.peer else {})
+    return row | (compared(seconds["loss"], seconds["peer"]) if options.peer else {})
 
 
 def bench_pipeline(*, options: argparse.Namespace) -> Row:
@@ -360,10 +360,20 @@ def _planned_memory(program: Any) -> str:
     return f"{(total - plan.alias_size_in_bytes) / 1e9:.2f}"
 
 
-def _compared(ours: np.ndarray, theirs: np.ndarray) -> Row:
+def compared(ours: np.ndarray, theirs: np.ndarray, *, peer: str = "PyTorch") -> Row:
+    """Columns that compare the seconds of alternating turns.
+
+    Args:
+      ours: Seconds of each turn.
+      theirs: Likewise.
+      peer: Whose they are.
+
+    Returns:
+      Their median, and the median of the ratios with the lowest and the highest.
+    """
     ratios = ours / theirs
     return {
-        "PyTorch, s": f"{np.median(theirs):.4g}",
+        f"{peer}, s": f"{np.median(theirs):.4g}",
         "ratio": f"{np.median(ratios):.2f} ({ratios.min():.2f} to {ratios.max():.2f})",
     }
 
@@ -376,7 +386,15 @@ def _device_name() -> str:
     return f"CPU with {os.cpu_count()} cores ({extensions[-1]})"
 
 
-def _markdown(rows: Sequence[Row]) -> str:
+def markdown(rows: Sequence[Row]) -> str:
+    """A table.
+
+    Args:
+      rows: Column to text, all with the same columns.
+
+    Returns:
+      Markdown.
+    """
     names = list(rows[0])
     lines = [names, ["---"] * len(names), *([row[name] for name in names] for row in rows)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)

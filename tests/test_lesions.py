@@ -152,47 +152,6 @@ def test_volumes_are_voxels_times_spacing():
     assert lesions.lesion_volumes_mm3(line("...."), spacing=(1, 1, 1)).size == 0
 
 
-def ball(radius_mm: float, spacing: tuple[float, ...]) -> np.ndarray:
-    half = [math.ceil(radius_mm / mm) + 1 for mm in spacing]
-    grids = np.meshgrid(
-        *(np.arange(-n, n + 1) * mm for n, mm in zip(half, spacing, strict=True)), indexing="ij"
-    )
-    return sum(grid**2 for grid in grids) <= radius_mm**2
-
-
-@pytest.mark.parametrize("spacing", [(1, 1, 1), (0.5, 0.5, 3.0), (3.0, 0.5, 0.5)], ids=str)
-@pytest.mark.parametrize(("radius_mm", "tolerance"), [(3, 0.1), (5, 0.02), (12, 0.02)])
-def test_a_ball_has_sphericity_1_whatever_its_size(radius_mm, tolerance, spacing):
-    (value,) = lesions.lesion_sphericity(ball(radius_mm, spacing), spacing=spacing)
-    assert 1 - tolerance <= value <= 1
-
-
-def test_sphericity_falls_with_what_is_not_a_ball():
-    cube, plate, rod = (np.zeros((20, 20, 20), bool) for _ in range(3))
-    cube[2:18, 2:18, 2:18] = plate[2:18, 2:18, 10:12] = rod[2:18, 10:12, 10:12] = True
-    values = [lesions.lesion_sphericity(m, spacing=(1, 1, 1))[0] for m in (cube, rod, plate)]
-    # A cube has (pi / 6)^(1/3) = 0.81; ITK's thirteen directions see 0.90.
-    assert 0.8 < values[0] < 0.92
-    assert values[0] > values[1] > values[2] > 0
-    # In mm: a plate of thick slices is a cube.
-    thick = lesions.lesion_sphericity(plate, spacing=(1, 1, 8))
-    np.testing.assert_allclose(thick, values[0], atol=0.1)
-
-
-def test_every_lesion_has_its_own_sphericity_and_none_has_none():
-    mask = np.zeros((30, 30, 30), bool)
-    mask[2:6, 2:28, 2:4] = True
-    mask[10:23, 10:23, 10:23] = ball(6, (1, 1, 1))[1:-1, 1:-1, 1:-1]
-    thin, round_ = lesions.lesion_sphericity(mask, spacing=(1, 1, 1))
-    assert thin < 0.8 < 0.98 < round_
-    assert lesions.lesion_sphericity(np.zeros((3, 3, 3)), spacing=(1, 1, 1)).shape == (0,)
-    disc, bar = ball(5, (1, 1)), np.ones((20, 1), bool)
-    assert lesions.lesion_sphericity(disc, spacing=(1, 1)) > 0.9
-    assert lesions.lesion_sphericity(bar, spacing=(1, 1)) < 0.5
-    with pytest.raises(ValueError, match=r"^spacing must have one entry per axis, 3, got \(1, 1"):
-        lesions.lesion_sphericity(mask, spacing=(1, 1))
-
-
 def test_detections_pair_each_lesion_with_its_size():
     found = lesions.lesion_detections(line("#....#.#"), line("##.#.###"), spacing=(1, 1, 2))
     np.testing.assert_allclose(found.volume_mm3, [2 * 2, 1 * 2, 3 * 2])

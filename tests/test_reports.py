@@ -140,3 +140,21 @@ def test_a_narrow_table_cuts_nothing_off():
     assert "0.123" in text
     assert "0.456" in text
     assert "…" not in text
+
+
+def test_terciles_are_thirds_by_rank():
+    indices = reports.tercile_indices([5.0, NAN, 1.0, 3.0, 3.0, 9.0, 7.0, 2.0])
+    # 1 2 3 | 3 5 | 7 9: sizes equal to one, the larger ones first.
+    assert indices.tolist() == [1, -1, 0, 0, 1, 2, 2, 0]
+    assert reports.tercile_indices([2.0, 1.0]).tolist() == [1, 0]
+    assert reports.tercile_indices([]).tolist() == []
+
+
+def test_means_by_tercile():
+    rows = [{"size": size, "dice": dice} for size, dice in ((3, 0.9), (1, 0.1), (2, NAN), (4, 0.7))]
+    small, middle, large = reports.by_tercile(rows, of="size", metrics=("dice",))
+    assert (small.low, small.high, small.count) == (1, 2, 2)
+    assert small.metrics["dice"][::3] == (0.1, 1)
+    assert (middle.low, middle.metrics["dice"].mean) == (3, 0.9)
+    assert (large.low, large.metrics["dice"].mean) == (4, 0.7)
+    assert reports.by_tercile([], of="size", metrics=("dice",)) == []

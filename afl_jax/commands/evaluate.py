@@ -299,8 +299,9 @@ def _overlay_case(path: Path, row: evaluation.Row, truths: _Truths) -> OverlayCa
     """A case as it is drawn: axes along LPS, and a black image where there is none."""
     labels = truths.read_labels(row["case_id"])
     image = truths.read_image(row["case_id"])
-    if image is None or volume.grid_difference(image, labels):
+    if image is None:
         image = replace(labels, array=np.zeros(labels.shape, np.float32))
+    image = preprocess.resample_to(image, labels, interpolation="linear")
     image, truth, prediction = (
         preprocess.reorient(item) for item in (image, labels, _read_on_grid(path, labels))
     )

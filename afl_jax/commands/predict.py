@@ -314,7 +314,7 @@ def _open_folder(
     if before not in (None, settings) and ((existing and not overwrite) or strangers):
         differing = next(k for k in settings if before.get(k) != settings[k])
         raise InputError(
-            f"{(existing + strangers)[0]} was made with other settings ({differing}: "
+            f"{(strangers + existing)[0]} was made with other settings ({differing}: "
             f"{before.get(differing)}, now {settings[differing]}): choose another --out"
             + ("." if strangers else ", or make it anew with --overwrite.")
         )
