@@ -153,13 +153,24 @@ def sliding_window(
             # float64: hundreds of overlapping patches would cost float32 its sixth digit.
             total = np.zeros((*image.shape[:-1], outputs.shape[-1]), np.float64)
         for window, output in zip(chosen, outputs, strict=False):
-            weight = reduce(np.multiply.outer, [weights for _, weights in window])
-            total[tuple(region for region, _ in window)] += weight[..., None] * output
+            regions, weights = zip(*window, strict=True)
+            _add_weighted(total[regions], output, weights)
         num_done += len(chosen)
         if progress is not None:
             progress(num_done, len(windows))
     inside = tuple(slice(low, low + size) for (low, _), size in zip(pads, shape, strict=True))
     return total[inside].astype(np.float32)
+
+
+def _add_weighted(
+    total: NDArray[np.float64], output: NDArray[np.float32], weights: Sequence[NDArray]
+) -> None:
+    """Adds a patch times its window to its part of the sum, slice by slice: these stay in cache."""
+    first, *rest = weights
+    plane = reduce(np.multiply.outer, rest).astype(np.float32)
+    plane = np.repeat(plane[..., None], output.shape[-1], axis=-1)
+    for part, values, weight in zip(total, output, first.astype(np.float32), strict=True):
+        part += values * (weight * plane)
 
 
 def _axis_windows(

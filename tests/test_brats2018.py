@@ -80,6 +80,17 @@ def test_regions_contain_each_other_as_classes(download, tmp_path):
         np.testing.assert_array_equal(region > 0, classes >= smallest)
 
 
+def test_the_regions_that_are_scored_are_unions_of_classes(download, tmp_path):
+    builder = create(download, tmp_path, target="regions")
+    case = builder.cases[0]
+    labels = builder.read_case(case).labels.array
+    for target, classes in builder.regions.items():
+        alone = create(download, tmp_path, target=target).read_case(case).labels.array
+        np.testing.assert_array_equal(np.isin(labels, classes), alone > 0)
+    assert set(builder.regions) == {"WT", "TC", "ET"}
+    assert create(download, tmp_path, target="WT").regions == {}
+
+
 def test_the_split_is_seeded_and_has_both_grades_everywhere(download, tmp_path):
     def split(seed: int) -> dict[str, list[str]]:
         cases = create(download, tmp_path, seed=seed).split_cases()

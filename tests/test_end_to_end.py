@@ -160,7 +160,7 @@ def test_brats_goes_from_raw_files_to_masks_on_flair_and_a_table(tmp_path):
     assert main(["evaluate", "--predictions", str(masks), "--run", str(run)]) == 0
     rows = read_rows(masks / "evaluation" / "cases.csv")
     assert len(rows) == 2
-    assert {"dice_1", "dice_2", "dice_3"} <= set(rows[0])
+    assert {"dice_WT", "dice_TC", "dice_ET", "hd95_mm_ET"} <= set(rows[0])
     for row in rows:
         (flair,) = source.rglob(f"{row['case_id']}_flair.nii*")
         assert same_grid(read_volume(masks / f"{row['case_id']}.nii.gz"), read_volume(flair))

@@ -159,6 +159,19 @@ def test_a_case_that_lacks_a_channel_does_not_stop_the_others(run, images, tmp_p
     assert error.count("\n") == 1
 
 
+def test_an_image_with_other_channels_does_not_stop_the_others(run, tmp_path, capsys):
+    for name, num_channels in (("good", 2), ("bad", 3)):
+        array = np.ones((16, 16, 8, num_channels), np.float32)
+        write_volume(tmp_path / f"{name}.nii.gz", Volume(array))
+    out = tmp_path / "masks"
+    arguments = ["--images", str(tmp_path), "--out", str(out)]
+    assert main(["predict", "--run", str(run), *arguments]) == 2
+    error = capsys.readouterr().err
+    assert f"{tmp_path / 'bad.nii.gz'}: expected 2 channels" in error
+    assert error.count("\n") == 1
+    assert [path.name for path in out.glob("*.nii.gz")] == ["good.nii.gz"]
+
+
 def test_prediction_goes_on_where_it_stopped(run, images, tmp_path, capsys):
     predict(run, images, tmp_path)
     times = {path.name: path.stat().st_mtime_ns for path in tmp_path.glob("*.nii.gz")}
