@@ -18,6 +18,7 @@ from afl_jax.commands.train import train
 from afl_jax.config import Config, read_config
 from afl_jax.errors import InputError, print_error
 from afl_jax.presets import PRESETS
+from afl_jax.signals import Interrupted, raised_signals
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -27,26 +28,12 @@ def main(arguments: Sequence[str]) -> int:
         arguments: The command and its options.
 
     Returns:
-        The exit code: 0, 2 after bad input, or 130 if interrupted.
+        The exit code: 0, 2 after bad input, 130 after SIGINT, or 143 after SIGTERM.
     """
     _enable_compilation_cache()
     try:
-        arguments, base = _take_base_config(list(arguments))
-        return tyro.extras.subcommand_cli_from_dict(
-            {
-                "prepare": _with_default(prepare, "data", base and base.data),
-                "train": _with_default(train, "config", base),
-                "predict": predict,
-                "evaluate": evaluate,
-            },
-            prog="afl-jax",
-            description=(
-                "Segment small, irregular lesions with the adaptive focal loss. "
-                "`afl-jax prepare NAME ...` and `afl-jax train NAME ...` begin from the run of "
-                f"that name: {', '.join(PRESETS)}."
-            ),
-            args=arguments,
-        )
+        with raised_signals():
+            return _run_command(list(arguments))
     except InputError as error:
         print_error(error)
         return 2
@@ -55,9 +42,28 @@ def main(arguments: Sequence[str]) -> int:
         place = f"{error.filename}: " if error.filename else ""
         print_error(f"{place}{error.strerror or error}; check the path, its rights and the disk.")
         return 2
-    except KeyboardInterrupt:
-        print("afl-jax: interrupted", file=sys.stderr)
-        return 130
+    except Interrupted as interruption:
+        print(f"afl-jax: {interruption}", file=sys.stderr)
+        return interruption.exit_code
+
+
+def _run_command(arguments: list[str]) -> int:
+    arguments, base = _take_base_config(arguments)
+    return tyro.extras.subcommand_cli_from_dict(
+        {
+            "prepare": _with_default(prepare, "data", base and base.data),
+            "train": _with_default(train, "config", base),
+            "predict": predict,
+            "evaluate": evaluate,
+        },
+        prog="afl-jax",
+        description=(
+            "Segment small, irregular lesions with the adaptive focal loss. "
+            "`afl-jax prepare NAME ...` and `afl-jax train NAME ...` begin from the run of "
+            f"that name: {', '.join(PRESETS)}."
+        ),
+        args=arguments,
+    )
 
 
 def _enable_compilation_cache() -> None:

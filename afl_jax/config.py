@@ -162,6 +162,12 @@ class Config:
     """Parts in which a device takes its share of the batch, to save memory."""
     eval_every: int = 1
     """Epochs between two validations; the last epoch is always validated."""
+    checkpoint_every: int | None = None
+    """Steps between two checkpoints within an epoch; only at the end of each epoch if None."""
+    num_checkpoints: int = 2
+    """Newest checkpoints that are kept, beside the best one; at least 2, should one be damaged."""
+    non_finite: Literal["stop", "skip"] = "stop"
+    """What follows a loss or gradient that is not finite: the end, or the step is left out."""
     tensorboard: bool = False
     """Write the epochs' metrics for TensorBoard too (extra: tensorboard)."""
     num_devices: int | None = None
@@ -241,6 +247,12 @@ def check_config(config: Config) -> None:
             config.num_microbatches >= 1 and config.batch_size % config.num_microbatches == 0,
         ),
         "eval_every": ("at least 1", config.eval_every, config.eval_every >= 1),
+        "checkpoint_every": (
+            "at least 1",
+            config.checkpoint_every,
+            config.checkpoint_every is None or config.checkpoint_every >= 1,
+        ),
+        "num_checkpoints": ("at least 2", config.num_checkpoints, config.num_checkpoints >= 2),
         "seed": ("at least 0", config.seed, config.seed >= 0),
         "data.patch_shape": (
             f"at most data.shape = {data.shape}, along each axis",

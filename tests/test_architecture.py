@@ -48,8 +48,9 @@ ALLOWED: dict[str, set[str]] = {
     "checkpoint": {"config"},
     "inference": set(),
     "files": set(),
+    "signals": set(),
     "reports": {"files"},
-    "loop": {"checkpoint", "config", "metrics", "parallel", "reports"},
+    "loop": {"checkpoint", "config", "metrics", "parallel", "reports", "signals"},
 }
 # The command line is where names become objects: it alone may import everything.
 COMPOSITION_ROOT = re.compile(r"cli|commands\..+")

@@ -12,25 +12,13 @@ import jax
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
+from tiny_run import PHANTOM, TINY
 
 from afl_jax import training
 from afl_jax.checkpoint import CheckpointStore
 from afl_jax.cli import main
 from afl_jax.data.volume import Volume, read_volume, same_grid, write_volume
 from afl_jax.models.pretrained import to_torch
-
-# A network and volumes small enough to compile and train in seconds.
-TINY = [
-    *("--model.name", "resnet18_unet", "--model.width", "4"),
-    *("--model.decoder-features", "8", "8", "4", "4", "4"),
-    *(
-        "--model.strides",
-        *["2", "2", "1", "2", "2", "2", "1", "1", "1", "2", "2", "2", "1", "1", "1"],
-    ),
-    *("--batch-size", "2", "--num-epochs", "2", "--eval-every", "1", "--num-devices", "1"),
-    *("--optimizer.schedule", "constant"),
-]
-PHANTOM = ["--data.shape", "16", "16", "8", "--data.num-train", "4", "--data.num-val", "3"]
 
 
 def read_rows(path: Path) -> list[dict[str, str]]:
@@ -416,7 +404,7 @@ def test_hippocampus_is_prepared_trained_and_predicted(real_data, tmp_path):
 
 def test_a_network_begins_with_given_weights_and_may_keep_its_encoder(run, tmp_path, data_dir):
     store = CheckpointStore(run / "checkpoints")
-    given = to_torch(jax.device_get(store.restore("best").variables))
+    given = to_torch(jax.device_get(store.restore_best().variables))
     store.close()
     weights = tmp_path / "weights.safetensors"
     save_file(given, weights)
@@ -425,7 +413,7 @@ def test_a_network_begins_with_given_weights_and_may_keep_its_encoder(run, tmp_p
     options = ["--init-weights", str(weights), "--optimizer.freeze-encoder"]
     assert main(["train", "--out", str(out), *arguments, *options]) == 0
     store = CheckpointStore(out / "checkpoints")
-    tuned = to_torch(jax.device_get(store.restore("best").variables))
+    tuned = to_torch(jax.device_get(store.restore_best().variables))
     store.close()
     for name, weight in tuned.items():
         learnt = "running" not in name and not name.endswith("num_batches_tracked")

@@ -122,7 +122,7 @@ def _restore_network(
             raise InputError("--config needs --init-weights: it holds no network of its own.")
         store = CheckpointStore(run / "checkpoints", read_only=True)
         try:
-            best = store.restore("best")
+            best = store.restore_best()
         finally:
             store.close()
         return best.config, best.variables

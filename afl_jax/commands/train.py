@@ -13,16 +13,20 @@ import tyro
 from rich.console import Console
 
 from afl_jax import inference, loop, parallel, reports, training
-from afl_jax.checkpoint import CheckpointStore
+from afl_jax.checkpoint import CheckpointStore, EpochTotals
 from afl_jax.commands import construct
 from afl_jax.config import Config, check_config, read_config, to_json
 from afl_jax.data import augment
-from afl_jax.errors import InputError
+from afl_jax.errors import InputError, print_error
 from afl_jax.models.pretrained import from_torch, read_weights
+from afl_jax.signals import StopRequest, deferred_signals
 
 _NUM_OVERLAY_CASES = 4
 # What a resumed run may change of the config that it began with.
-_FREE_ON_RESUME = ("num_epochs", "eval_every", "num_devices", "tensorboard")
+_FREE_ON_RESUME = (
+    *("num_epochs", "eval_every", "checkpoint_every", "num_checkpoints", "non_finite"),
+    *("num_devices", "tensorboard"),
+)
 
 
 def train(
@@ -85,20 +89,20 @@ def train(
         variables = from_torch(weights, state.variables, source=str(config.init_weights))
         state = state.replace(**variables)
     batches = construct.create_loader(builder, "train", config)
-    history = []
+    history, totals = [], EpochTotals()
     out.mkdir(parents=True, exist_ok=True)
     reports.write_text(out / "config.json", to_json(config))
-    store = CheckpointStore(out / "checkpoints")
+    store = CheckpointStore(out / "checkpoints", num_kept=config.num_checkpoints)
     if resume and not store.is_empty:
-        restored = store.restore(
-            "latest", optimizer={"step": state.step, "opt_state": state.opt_state}
+        restored = store.restore_newest(
+            optimizer={"step": state.step, "opt_state": state.opt_state}, warn=print_error
         )
         state = state.replace(**restored.variables, **restored.optimizer)
         batches.set_state(restored.iterator)
-        history = restored.history
-        console.print(f"resumed after epoch {restored.epoch}", highlight=False)
+        augment_key, history, totals = restored.key, restored.history, restored.totals
+        console.print(f"resumed after {restored.place}", highlight=False)
     elif resume:
-        console.print("no epoch was validated before: the run begins anew", highlight=False)
+        console.print("there is no checkpoint yet: the run begins anew", highlight=False)
 
     train_step = parallel.compile_step(
         functools.partial(
@@ -110,6 +114,7 @@ def train(
             statistics_fn=construct.loss_statistics,
             axis_name=axis_name,
             num_microbatches=config.num_microbatches,
+            skip_non_finite=config.non_finite == "skip",
         ),
         devices,
         donate_state=True,
@@ -125,8 +130,8 @@ def train(
         devices,
     )
 
-    def validate(variables: Any) -> list[loop.Row]:
-        batches = construct.create_loader(builder, "val", config)
+    def validate(variables: Any, stop: StopRequest) -> list[loop.Row]:
+        batches = stop.between(construct.create_loader(builder, "val", config))
         return loop.evaluate(variables, batches, eval_step=eval_step, devices=devices)
 
     num_parameters = sum(x.size for x in jax.tree.leaves(state.params))
@@ -138,27 +143,30 @@ def train(
         soft_wrap=True,
     )
     try:
-        history = loop.fit(
-            state,
-            config=config,
-            batches=batches,
-            num_steps=num_steps,
-            train_step=train_step,
-            evaluate_fn=validate,
-            key=augment_key,
-            devices=devices,
-            store=store,
-            run_dir=out,
-            console=console,
-            history=history,
-            log_fn=log_fn,
-        )
+        with deferred_signals() as stop:
+            history = loop.fit(
+                state,
+                config=config,
+                batches=batches,
+                num_steps=num_steps,
+                train_step=train_step,
+                evaluate_fn=functools.partial(validate, stop=stop),
+                key=augment_key,
+                devices=devices,
+                store=store,
+                run_dir=out,
+                console=console,
+                stop=stop,
+                history=history,
+                totals=totals,
+                log_fn=log_fn,
+            )
         store.wait()
-        best = store.restore("best")
+        best = store.restore_best()
     finally:
         store.close()
     variables = parallel.replicate(best.variables, devices)
-    rows = validate(variables)
+    rows = validate(variables, StopRequest())
     batches = construct.create_loader(builder, "val", config)
     cases = _overlay_cases(variables, rows, batches, eval_step=eval_step, devices=devices)
     reports.write_csv(out / "validation.csv", rows)
