@@ -7,6 +7,7 @@ array tells one that was damaged later; the newest that is sound is resumed from
 """
 
 import dataclasses
+import json
 import logging
 import math
 import zlib
@@ -83,9 +84,13 @@ class CheckpointStore:
     def __init__(self, folder: Path, *, num_kept: int = 2, read_only: bool = False):
         """Opens a folder of checkpoints; it is made unless it is there, or only read.
 
-        ``num_kept`` newest checkpoints are kept beside the best one.
+        ``num_kept`` newest checkpoints are kept beside the best one. A checkpoint of which orbax
+        could not even tell the score is set aside, if there are others; else it is an
+        `InputError`, as it is where the folder is only read.
         """
         self.folder = folder
+        self._notices: list[str] = []
+        self._set_unlisted_aside(read_only=read_only)
 
         def score(metrics: dict[str, float]) -> float:
             return metrics["score"]
@@ -183,12 +188,13 @@ class CheckpointStore:
                 damaged[number] = error
                 continue
             for other, error in damaged.items():
-                aside = self.folder / f"damaged-{other}"
-                (self.folder / str(other)).rename(aside)
-                if warn is not None:
-                    warn(f"{error} It is set aside as {aside}; checkpoint {number} is used.")
+                self._set_aside(other, error)
             if damaged:
                 self._manager.reload()
+            for notice in self._notices:
+                if warn is not None:
+                    warn(f"{notice}; checkpoint {number} is used.")
+            self._notices = []
             return checkpoint
         raise damaged[numbers[0]]
 
@@ -249,11 +255,30 @@ class CheckpointStore:
         except InputError:
             raise
         except Exception as error:  # Orbax raises many kinds for a damaged folder.
-            reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else ""
-            raise InputError(
-                f"{path} cannot be read as a checkpoint ({type(error).__name__}: {reason}): "
-                "delete it, so that another one of the run is used, or train again."
-            ) from error
+            raise _unreadable(path, error) from error
+
+    def _set_aside(self, number: int, error: Exception) -> None:
+        aside = self.folder / f"damaged-{number}"
+        (self.folder / str(number)).rename(aside)
+        self._notices.append(f"{error} It is set aside as {aside}")
+
+    def _set_unlisted_aside(self, *, read_only: bool) -> None:
+        """Orbax reads two small files of every checkpoint when it opens a folder; so do we."""
+        faults, num_sound = {}, 0
+        for path in self.folder.glob("*"):
+            if not path.name.isdigit():
+                continue
+            try:
+                _read_object(path / "_CHECKPOINT_METADATA")
+                if (path / "metrics").exists():
+                    float(_read_object(path / "metrics" / "metrics")["score"])
+                num_sound += 1
+            except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+                faults[int(path.name)] = _unreadable(path, error)
+        for number, error in faults.items():
+            if read_only or num_sound == 0:
+                raise error
+            self._set_aside(number, error)
 
     def _next_number(self) -> int:
         """One more than the newest, which is being written, and than any that was set aside."""
@@ -270,12 +295,30 @@ class CheckpointStore:
         try:
             yield
         except Exception as error:  # Orbax and its storage raise many kinds for a full disk.
-            reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else ""
             raise InputError(
-                f"{self.folder}: a checkpoint cannot be written ({type(error).__name__}: {reason})"
-                "; check its permissions and that the disk has room, then go on with --resume: "
-                "those before are kept."
+                f"{self.folder}: a checkpoint cannot be written ({_reason(error)}); check "
+                "its permissions and that the disk has room, then go on with --resume: those "
+                "before are kept."
             ) from error
+
+
+def _unreadable(path: Path, error: Exception) -> InputError:
+    return InputError(
+        f"{path} cannot be read as a checkpoint ({_reason(error)}): delete it, so that another one "
+        "of the run is used, or train again."
+    )
+
+
+def _reason(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0][:200] if lines else ''}"
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    content = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(content, dict):
+        raise ValueError(f"{path.name} must be an object")
+    return content
 
 
 def _checksums(tree: Any) -> dict[str, int]:

@@ -11,9 +11,11 @@ from pathlib import Path
 import jax
 import tyro
 
+from afl_jax.commands.check import check, detect_data
 from afl_jax.commands.evaluate import evaluate
 from afl_jax.commands.predict import predict
 from afl_jax.commands.prepare import prepare
+from afl_jax.commands.report import report
 from afl_jax.commands.train import train
 from afl_jax.config import Config, read_config
 from afl_jax.errors import InputError, print_error
@@ -51,10 +53,12 @@ def _run_command(arguments: list[str]) -> int:
     arguments, base = _take_base_config(arguments)
     return tyro.extras.subcommand_cli_from_dict(
         {
+            "check": _with_default(check, "data", base and base.data),
             "prepare": _with_default(prepare, "data", base and base.data),
             "train": _with_default(train, "config", base),
             "predict": predict,
             "evaluate": evaluate,
+            "report": report,
         },
         prog="afl-jax",
         description=(
@@ -81,16 +85,18 @@ def _enable_compilation_cache() -> None:
 def _take_base_config(arguments: list[str]) -> tuple[list[str], Config | None]:
     """The arguments without the name of a preset, and the config whose fields are defaults.
 
-    That is a preset's, that of ``--config``, or that of a run to resume.
+    That is a preset's, that of a folder to check, that of ``--config``, or that of a run to resume.
     """
-    if not arguments or arguments[0] not in ("prepare", "train"):
+    if not arguments or arguments[0] not in ("check", "prepare", "train"):
         return arguments, None
     name = arguments[1] if len(arguments) > 1 and not arguments[1].startswith("-") else None
     if name is not None:
+        if arguments[0] == "check" and name not in PRESETS and Path(name).is_dir():
+            return ["check", *arguments[2:]], Config(data=detect_data(Path(name)))
         if name not in PRESETS:
             raise InputError(f"no run is called {name!r}: choose from {', '.join(PRESETS)}.")
         arguments = [arguments[0], *arguments[2:]]
-    if arguments[0] == "prepare":
+    if arguments[0] != "train":
         # The options of a run's data are understood as they stand.
         arguments = [
             f"--{option.removeprefix('--data.')}" if option.startswith("--data.") else option

@@ -203,7 +203,7 @@ def from_json(text: str, *, name: str = "config") -> Config:
     """
     try:
         values = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{name} is not valid JSON ({error}): mend or delete it.") from None
     return _build(Config, values, where=name)
 
@@ -279,6 +279,28 @@ def check_config(config: Config) -> None:
         else:
             rules[f"augment.{name}"] = ("from 0 to 1", value, 0 <= value <= 1)
     check_rules(rules)
+
+
+def changed_fields(config: Any, default: Any, *, prefix: str = "") -> dict[str, tuple[Any, Any]]:
+    """The fields of a config that are not as in another.
+
+    Args:
+        config: A config, or a part of one.
+        default: Of the same kind.
+        prefix: In front of the names.
+
+    Returns:
+        Name, such as ``optimizer.name``, to its value in each.
+    """
+    changed = {}
+    for item in dataclasses.fields(config):
+        ours, theirs = getattr(config, item.name), getattr(default, item.name)
+        name = prefix + item.name
+        if dataclasses.is_dataclass(ours):
+            changed |= changed_fields(ours, theirs, prefix=f"{name}.")
+        elif ours != theirs:
+            changed[name] = (ours, theirs)
+    return changed
 
 
 def _build(kind: Any, value: Any, *, where: str) -> Any:

@@ -284,13 +284,11 @@ def _add(
     if config.non_finite == "skip":
         print_error(f"{what}; the step is skipped.")
         return replace(totals, num_skipped=totals.num_skipped + 1)
-    newest = store.newest
-    last = (
-        "there is no checkpoint yet" if newest is None else f"the last good checkpoint is {newest}"
-    )
+    newest = store.newest or "none yet"
     raise InputError(
-        f"{what}; {last}: lower optimizer.learning-rate or set optimizer.max-gradient-norm in a "
-        "new run, mend the case, or go on with --resume --non-finite skip."
+        f"{what}; the last good checkpoint is {newest}: lower optimizer.learning-rate or set "
+        "optimizer.max-gradient-norm in a new run, mend the case, or go on with --resume "
+        "--non-finite skip."
     )
 
 

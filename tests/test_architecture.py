@@ -49,6 +49,7 @@ ALLOWED: dict[str, set[str]] = {
     "inference": set(),
     "files": set(),
     "signals": set(),
+    "fingerprint": set(),
     "reports": {"files"},
     "loop": {"checkpoint", "config", "metrics", "parallel", "reports", "signals"},
 }

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
-from tiny_run import PHANTOM, TINY
+from tiny_run import PHANTOM, TINY, make_folder, some_labels
 
 from afl_jax import training
 from afl_jax.checkpoint import CheckpointStore
@@ -151,34 +151,6 @@ def test_evaluation_counts_what_is_there(tmp_path, capsys):
     assert main(["evaluate", *arguments]) == 0
     (row,) = read_rows(tmp_path / "mapped.csv")
     assert float(row["dice"]) == pytest.approx(2 * 4 / (4 + 8))
-
-
-def make_folder(root: Path, labels: dict[str, np.ndarray], *, num_labels: int = 2) -> Path:
-    """A data set in MSD layout."""
-    rng = np.random.default_rng(0)
-    for folder in ("imagesTr", "labelsTr"):
-        (root / folder).mkdir(parents=True)
-    for name, array in labels.items():
-        image = rng.random((16, 16, 8), np.float32) + array[:16, :16, :8]
-        write_volume(root / "imagesTr" / f"{name}.nii.gz", Volume(image))
-        write_volume(root / "labelsTr" / f"{name}.nii.gz", Volume(array))
-    entries = [
-        {"image": f"./imagesTr/{name}.nii.gz", "label": f"./labelsTr/{name}.nii.gz"}
-        for name in labels
-    ]
-    content = {
-        "modality": {"0": "MRI"},
-        "labels": {str(label): f"label {label}" for label in range(num_labels)},
-        "training": entries,
-    }
-    (root / "dataset.json").write_text(json.dumps(content))
-    return root
-
-
-def some_labels(shape=(16, 16, 8), value: int = 1) -> np.ndarray:
-    array = np.zeros(shape, np.uint8)
-    array[4:9, 5:9, 2:5] = value
-    return array
 
 
 def folder_arguments(source: Path, out: Path, data_dir: Path) -> list[str]:

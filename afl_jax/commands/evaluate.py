@@ -4,8 +4,6 @@ import functools
 from dataclasses import replace
 from pathlib import Path
 
-from rich.console import Console
-
 from afl_jax import lesions, loop, reports
 from afl_jax.commands import construct
 from afl_jax.config import read_config
@@ -39,7 +37,7 @@ def evaluate(
     Returns:
         The exit code: 2 if a case could not be evaluated; the others are.
     """
-    console = Console()
+    console = reports.create_console()
     if (labels is None) == (run is None):
         raise InputError("give either --labels or --run.")
     if run is not None and label_map:

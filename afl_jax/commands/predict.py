@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
-from rich.console import Console
 
 from afl_jax import inference, reports
 from afl_jax.checkpoint import CheckpointStore
@@ -52,7 +51,7 @@ def predict(
     Returns:
         The exit code: 2 if a case could not be predicted; the others are.
     """
-    console = Console()
+    console = reports.create_console()
     if not 0 <= overlap < 1:
         raise InputError(f"--overlap must be from 0 to less than 1, got {overlap}.")
     if (split is None) == (not images):

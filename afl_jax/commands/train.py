@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,14 +10,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
-from rich.console import Console
 
 from afl_jax import inference, loop, parallel, reports, training
 from afl_jax.checkpoint import CheckpointStore, EpochTotals
 from afl_jax.commands import construct
-from afl_jax.config import Config, check_config, read_config, to_json
+from afl_jax.config import Config, changed_fields, check_config, read_config, to_json
 from afl_jax.data import augment
 from afl_jax.errors import InputError, print_error
+from afl_jax.files import remove_leftovers
+from afl_jax.fingerprint import (
+    data_difference,
+    describe_data,
+    describe_session,
+    read_fingerprint,
+)
 from afl_jax.models.pretrained import from_torch, read_weights
 from afl_jax.signals import StopRequest, deferred_signals
 
@@ -35,6 +41,7 @@ def train(
     config: Annotated[Config, tyro.conf.arg(name="")] = Config(),
     config_file: Annotated[Path | None, tyro.conf.arg(name="config")] = None,
     resume: bool = False,
+    allow_changes: bool = False,
 ) -> int:
     """Train a network, then evaluate and draw its best epoch.
 
@@ -46,14 +53,15 @@ def train(
         config: The run.
         config_file: A config.json, such as another run's; options beside it override it.
         resume: Go on with the run in --out from its newest checkpoint.
+        allow_changes: With --resume, though the config or the data set are not as they were.
 
     Returns:
         The exit code.
     """
     del config_file  # The command line made it the default of `config`.
-    console = Console()
+    console = reports.create_console()
     check_config(config)
-    _check_run_folder(out, config, resume=resume)
+    _check_run_folder(out, config, resume=resume, allow_changes=allow_changes)
     # Whatever a mistake in the config could break comes before the first long work.
     devices = parallel.select_devices(
         config.num_devices, batch_size=config.batch_size // config.num_microbatches
@@ -63,6 +71,7 @@ def train(
     loss_fn = construct.create_loss(config.loss, num_classes=config.model.num_classes)
     log_fn = construct.create_tensorboard_log(out) if config.tensorboard else None
     weights = read_weights(config.init_weights) if config.init_weights else None
+    fingerprint = _take_fingerprint(out, config, resume=resume, allow_changes=allow_changes)
     builder = construct.prepare_data(config.data, console)
     if 2 < config.model.num_classes < builder.num_classes:
         raise InputError(
@@ -103,6 +112,8 @@ def train(
         console.print(f"resumed after {restored.place}", highlight=False)
     elif resume:
         console.print("there is no checkpoint yet: the run begins anew", highlight=False)
+    fingerprint["sessions"].append(describe_session(step=int(state.step)))
+    reports.write_json(out / "fingerprint.json", fingerprint)
 
     train_step = parallel.compile_step(
         functools.partial(
@@ -186,8 +197,9 @@ def train(
     return 0
 
 
-def _check_run_folder(out: Path, config: Config, *, resume: bool) -> None:
+def _check_run_folder(out: Path, config: Config, *, resume: bool, allow_changes: bool) -> None:
     """A new run needs a new folder; a resumed one, the config that it began with."""
+    remove_leftovers(out)
     if not resume:
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
             raise InputError(
@@ -197,14 +209,41 @@ def _check_run_folder(out: Path, config: Config, *, resume: bool) -> None:
     path = out / "config.json"
     if not path.exists():
         raise InputError(f"--out {out} is not a run that could be resumed: it has no config.json.")
-    before = read_config(path)
-    for field in fields(Config):
-        old, new = getattr(before, field.name), getattr(config, field.name)
-        if old != new and field.name not in _FREE_ON_RESUME:
+    differences = [
+        f"{name} is {before}, got {now}"
+        for name, (now, before) in changed_fields(config, read_config(path)).items()
+        if name not in _FREE_ON_RESUME
+    ]
+    if differences and not allow_changes:
+        raise InputError(
+            f"--resume goes on with the config of {path}, where {'; '.join(differences)}: leave "
+            "the options out, start a new run, or say --allow-changes."
+        )
+
+
+def _take_fingerprint(
+    out: Path, config: Config, *, resume: bool, allow_changes: bool
+) -> dict[str, Any]:
+    """The data set of the run, as it must have been before, and its sessions before this one."""
+    builder = construct.create_builder(config.data)
+    keys = zip(builder.cases, builder.builder_config.keys, strict=True)
+    splits = builder.split_cases().items()
+    data = describe_data(
+        config.data.name,
+        keys={case.case_id: key for case, key in keys},
+        splits={name: [case.case_id for case in cases] for name, cases in splits},
+    )
+    path, sessions = out / "fingerprint.json", []
+    if resume and path.exists():
+        before = read_fingerprint(path)
+        difference = data_difference(before["data"], data)
+        if difference and not allow_changes:
             raise InputError(
-                f"--resume goes on with the config of {path}, where {field.name} is {old}, got "
-                f"{new}: leave the option out, or start a new run."
+                f"--resume goes on with the data set of {path}, but {difference}: bring it back, "
+                "start a new run, or say --allow-changes."
             )
+        sessions = before["sessions"]
+    return {"data": data, "sessions": sessions}
 
 
 def _overlay_cases(
