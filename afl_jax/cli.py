@@ -11,13 +11,16 @@ from pathlib import Path
 import jax
 import tyro
 
+from afl_jax.commands.check import check, detect_data
 from afl_jax.commands.evaluate import evaluate
 from afl_jax.commands.predict import predict
 from afl_jax.commands.prepare import prepare
+from afl_jax.commands.report import report
 from afl_jax.commands.train import train
 from afl_jax.config import Config, read_config
 from afl_jax.errors import InputError, print_error
 from afl_jax.presets import PRESETS
+from afl_jax.signals import Interrupted, raised_signals
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -27,26 +30,12 @@ def main(arguments: Sequence[str]) -> int:
         arguments: The command and its options.
 
     Returns:
-        The exit code: 0, 2 after bad input, or 130 if interrupted.
+        The exit code: 0, 2 after bad input, 130 after SIGINT, or 143 after SIGTERM.
     """
     _enable_compilation_cache()
     try:
-        arguments, base = _take_base_config(list(arguments))
-        return tyro.extras.subcommand_cli_from_dict(
-            {
-                "prepare": _with_default(prepare, "data", base and base.data),
-                "train": _with_default(train, "config", base),
-                "predict": predict,
-                "evaluate": evaluate,
-            },
-            prog="afl-jax",
-            description=(
-                "Segment small, irregular lesions with the adaptive focal loss. "
-                "`afl-jax prepare NAME ...` and `afl-jax train NAME ...` begin from the run of "
-                f"that name: {', '.join(PRESETS)}."
-            ),
-            args=arguments,
-        )
+        with raised_signals():
+            return _run_command(list(arguments))
     except InputError as error:
         print_error(error)
         return 2
@@ -55,9 +44,30 @@ def main(arguments: Sequence[str]) -> int:
         place = f"{error.filename}: " if error.filename else ""
         print_error(f"{place}{error.strerror or error}; check the path, its rights and the disk.")
         return 2
-    except KeyboardInterrupt:
-        print("afl-jax: interrupted", file=sys.stderr)
-        return 130
+    except Interrupted as interruption:
+        print(f"afl-jax: {interruption}", file=sys.stderr)
+        return interruption.exit_code
+
+
+def _run_command(arguments: list[str]) -> int:
+    arguments, base = _take_base_config(arguments)
+    return tyro.extras.subcommand_cli_from_dict(
+        {
+            "check": _with_default(check, "data", base and base.data),
+            "prepare": _with_default(prepare, "data", base and base.data),
+            "train": _with_default(train, "config", base),
+            "predict": predict,
+            "evaluate": evaluate,
+            "report": report,
+        },
+        prog="afl-jax",
+        description=(
+            "Segment small, irregular lesions with the adaptive focal loss. "
+            "`afl-jax prepare NAME ...` and `afl-jax train NAME ...` begin from the run of "
+            f"that name: {', '.join(PRESETS)}."
+        ),
+        args=arguments,
+    )
 
 
 def _enable_compilation_cache() -> None:
@@ -75,16 +85,18 @@ def _enable_compilation_cache() -> None:
 def _take_base_config(arguments: list[str]) -> tuple[list[str], Config | None]:
     """The arguments without the name of a preset, and the config whose fields are defaults.
 
-    That is a preset's, that of ``--config``, or that of a run to resume.
+    That is a preset's, that of a folder to check, that of ``--config``, or that of a run to resume.
     """
-    if not arguments or arguments[0] not in ("prepare", "train"):
+    if not arguments or arguments[0] not in ("check", "prepare", "train"):
         return arguments, None
     name = arguments[1] if len(arguments) > 1 and not arguments[1].startswith("-") else None
     if name is not None:
+        if arguments[0] == "check" and name not in PRESETS and Path(name).is_dir():
+            return ["check", *arguments[2:]], Config(data=detect_data(Path(name)))
         if name not in PRESETS:
             raise InputError(f"no run is called {name!r}: choose from {', '.join(PRESETS)}.")
         arguments = [arguments[0], *arguments[2:]]
-    if arguments[0] == "prepare":
+    if arguments[0] != "train":
         # The options of a run's data are understood as they stand.
         arguments = [
             f"--{option.removeprefix('--data.')}" if option.startswith("--data.") else option

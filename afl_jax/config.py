@@ -162,6 +162,12 @@ class Config:
     """Parts in which a device takes its share of the batch, to save memory."""
     eval_every: int = 1
     """Epochs between two validations; the last epoch is always validated."""
+    checkpoint_every: int | None = None
+    """Steps between two checkpoints within an epoch; only at the end of each epoch if None."""
+    num_checkpoints: int = 2
+    """Newest checkpoints that are kept, beside the best one; at least 2, should one be damaged."""
+    non_finite: Literal["stop", "skip"] = "stop"
+    """What follows a loss or gradient that is not finite: the end, or the step is left out."""
     tensorboard: bool = False
     """Write the epochs' metrics for TensorBoard too (extra: tensorboard)."""
     num_devices: int | None = None
@@ -197,7 +203,7 @@ def from_json(text: str, *, name: str = "config") -> Config:
     """
     try:
         values = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{name} is not valid JSON ({error}): mend or delete it.") from None
     return _build(Config, values, where=name)
 
@@ -241,6 +247,12 @@ def check_config(config: Config) -> None:
             config.num_microbatches >= 1 and config.batch_size % config.num_microbatches == 0,
         ),
         "eval_every": ("at least 1", config.eval_every, config.eval_every >= 1),
+        "checkpoint_every": (
+            "at least 1",
+            config.checkpoint_every,
+            config.checkpoint_every is None or config.checkpoint_every >= 1,
+        ),
+        "num_checkpoints": ("at least 2", config.num_checkpoints, config.num_checkpoints >= 2),
         "seed": ("at least 0", config.seed, config.seed >= 0),
         "data.patch_shape": (
             f"at most data.shape = {data.shape}, along each axis",
@@ -267,6 +279,28 @@ def check_config(config: Config) -> None:
         else:
             rules[f"augment.{name}"] = ("from 0 to 1", value, 0 <= value <= 1)
     check_rules(rules)
+
+
+def changed_fields(config: Any, default: Any, *, prefix: str = "") -> dict[str, tuple[Any, Any]]:
+    """The fields of a config that are not as in another.
+
+    Args:
+        config: A config, or a part of one.
+        default: Of the same kind.
+        prefix: In front of the names.
+
+    Returns:
+        Name, such as ``optimizer.name``, to its value in each.
+    """
+    changed = {}
+    for item in dataclasses.fields(config):
+        ours, theirs = getattr(config, item.name), getattr(default, item.name)
+        name = prefix + item.name
+        if dataclasses.is_dataclass(ours):
+            changed |= changed_fields(ours, theirs, prefix=f"{name}.")
+        elif ours != theirs:
+            changed[name] = (ours, theirs)
+    return changed
 
 
 def _build(kind: Any, value: Any, *, where: str) -> Any:

@@ -1,6 +1,7 @@
 """Files that are there whole or not at all."""
 
 import os
+import re
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,3 +25,15 @@ def written_beside(path: str | os.PathLike) -> Iterator[Path]:
         beside.replace(path)
     finally:
         beside.unlink(missing_ok=True)
+
+
+def remove_leftovers(folder: str | os.PathLike, *, name: str = "*") -> None:
+    """Removes what `written_beside` had begun in a folder when its process was killed.
+
+    Args:
+        folder: Where nothing is being written now; it need not exist.
+        name: Pattern of the names of the files that were to be written.
+    """
+    for path in Path(folder).glob(f".*.{name}"):
+        if re.match(r"\.[0-9a-f]{32}\.", path.name):
+            path.unlink(missing_ok=True)

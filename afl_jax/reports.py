@@ -305,6 +305,16 @@ def note_table(rows: Sequence[Row], *, title: str, max_rows: int = 20) -> Table:
     return table
 
 
+def create_console() -> Console:
+    """Where commands print.
+
+    Returns:
+        A console that prints text as it stands: a square bracket in the name of a case is no
+        markup.
+    """
+    return Console(markup=False)
+
+
 def progress_bar(console: Console, *columns: ProgressColumn) -> Progress:
     """A bar with what is done, the time that it took and the time left.
 

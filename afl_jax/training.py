@@ -187,6 +187,7 @@ def train_step(
     statistics_fn: Callable[..., Mapping[str, jax.Array]] | None = None,
     axis_name: str | None = None,
     num_microbatches: int = 1,
+    skip_non_finite: bool = False,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """One step of gradient descent on the mean loss of a batch.
 
@@ -204,6 +205,8 @@ def train_step(
       num_microbatches: Parts of the batch that go through the network one after the other, whose
         gradients are averaged: the memory of one, the step of all. Batch normalisation sees one
         part at a time.
+      skip_non_finite: Whether a step whose loss or gradient norm is not finite leaves parameters,
+        running statistics and the optimizer's state as they were; it is counted all the same.
 
     Returns:
       The state after, and the metrics: ``loss``, ``gradient_norm`` and the means of the
@@ -243,11 +246,14 @@ def train_step(
         gradients, metrics = jax.lax.pmean((gradients, metrics), axis_name)
     metrics["gradient_norm"] = optax.tree.norm(gradients)
     updates, opt_state = state.optimizer.update(gradients, state.opt_state, state.params)
+    before = (state.params, state.batch_stats, state.opt_state)
+    after = (optax.apply_updates(state.params, updates), batch_stats, opt_state)
+    if skip_non_finite:
+        is_finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["gradient_norm"])
+        after = jax.tree.map(lambda new, old: jnp.where(is_finite, new, old), after, before)
+    params, batch_stats, opt_state = after
     state = state.replace(
-        step=state.step + 1,
-        params=optax.apply_updates(state.params, updates),
-        batch_stats=batch_stats,
-        opt_state=opt_state,
+        step=state.step + 1, params=params, batch_stats=batch_stats, opt_state=opt_state
     )
     return state, metrics
 

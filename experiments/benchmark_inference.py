@@ -29,7 +29,7 @@ import numpy as np
 import tyro
 
 from afl_jax import inference
-from afl_jax.checkpoint import Checkpoint, CheckpointStore
+from afl_jax.checkpoint import Checkpoint, CheckpointStore, EpochTotals
 from afl_jax.commands import construct
 from afl_jax.config import Config, ModelConfig, to_json
 from afl_jax.data.volume import Volume, write_volume
@@ -139,11 +139,13 @@ def measure_memory(config: Config, image: np.ndarray) -> dict[str, str]:
         (run / "config.json").write_text(to_json(config))
         store = CheckpointStore(run / "checkpoints")
         checkpoint = Checkpoint(
-            epoch=1,
+            step=1,
             variables=_initialise(config, image.shape[-1]),
             optimizer={"step": jnp.zeros((), jnp.int32)},
+            key=jax.random.key(0),
             iterator={},
             history=[],
+            totals=EpochTotals(),
             config=config,
         )
         store.save(checkpoint, score=0.0)

@@ -48,13 +48,15 @@ ALLOWED: dict[str, set[str]] = {
     "checkpoint": {"config"},
     "inference": set(),
     "files": set(),
+    "signals": set(),
+    "fingerprint": set(),
     "reports": {"files"},
     "figures": {"files", "reports"},
     "irregularity": set(),
     "evaluation": {"irregularity", "lesions", "metrics", "reports"},
     "detection": set(),
     "html_report": {"figures", "reports"},
-    "loop": {"checkpoint", "config", "metrics", "parallel", "reports"},
+    "loop": {"checkpoint", "config", "metrics", "parallel", "reports", "signals"},
 }
 # The command line is where names become objects: it alone may import everything.
 COMPOSITION_ROOT = re.compile(r"cli|commands\..+")

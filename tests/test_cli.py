@@ -12,25 +12,13 @@ import jax
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
+from tiny_run import PHANTOM, TINY, make_folder, some_labels
 
 from afl_jax import training
 from afl_jax.checkpoint import CheckpointStore
 from afl_jax.cli import main
 from afl_jax.data.volume import Volume, read_volume, same_grid, write_volume
 from afl_jax.models.pretrained import to_torch
-
-# A network and volumes small enough to compile and train in seconds.
-TINY = [
-    *("--model.name", "resnet18_unet", "--model.width", "4"),
-    *("--model.decoder-features", "8", "8", "4", "4", "4"),
-    *(
-        "--model.strides",
-        *["2", "2", "1", "2", "2", "2", "1", "1", "1", "2", "2", "2", "1", "1", "1"],
-    ),
-    *("--batch-size", "2", "--num-epochs", "2", "--eval-every", "1", "--num-devices", "1"),
-    *("--optimizer.schedule", "constant"),
-]
-PHANTOM = ["--data.shape", "16", "16", "8", "--data.num-train", "4", "--data.num-val", "3"]
 
 
 def read_rows(path: Path) -> list[dict[str, str]]:
@@ -163,34 +151,6 @@ def test_evaluation_counts_what_is_there(tmp_path, capsys):
     assert main(["evaluate", *arguments]) == 0
     (row,) = read_rows(tmp_path / "mapped" / "cases.csv")
     assert float(row["dice"]) == pytest.approx(2 * 4 / (4 + 8))
-
-
-def make_folder(root: Path, labels: dict[str, np.ndarray], *, num_labels: int = 2) -> Path:
-    """A data set in MSD layout."""
-    rng = np.random.default_rng(0)
-    for folder in ("imagesTr", "labelsTr"):
-        (root / folder).mkdir(parents=True)
-    for name, array in labels.items():
-        image = rng.random((16, 16, 8), np.float32) + array[:16, :16, :8]
-        write_volume(root / "imagesTr" / f"{name}.nii.gz", Volume(image))
-        write_volume(root / "labelsTr" / f"{name}.nii.gz", Volume(array))
-    entries = [
-        {"image": f"./imagesTr/{name}.nii.gz", "label": f"./labelsTr/{name}.nii.gz"}
-        for name in labels
-    ]
-    content = {
-        "modality": {"0": "MRI"},
-        "labels": {str(label): f"label {label}" for label in range(num_labels)},
-        "training": entries,
-    }
-    (root / "dataset.json").write_text(json.dumps(content))
-    return root
-
-
-def some_labels(shape=(16, 16, 8), value: int = 1) -> np.ndarray:
-    array = np.zeros(shape, np.uint8)
-    array[4:9, 5:9, 2:5] = value
-    return array
 
 
 def folder_arguments(source: Path, out: Path, data_dir: Path) -> list[str]:
@@ -416,7 +376,7 @@ def test_hippocampus_is_prepared_trained_and_predicted(real_data, tmp_path):
 
 def test_a_network_begins_with_given_weights_and_may_keep_its_encoder(run, tmp_path, data_dir):
     store = CheckpointStore(run / "checkpoints")
-    given = to_torch(jax.device_get(store.restore("best").variables))
+    given = to_torch(jax.device_get(store.restore_best().variables))
     store.close()
     weights = tmp_path / "weights.safetensors"
     save_file(given, weights)
@@ -425,7 +385,7 @@ def test_a_network_begins_with_given_weights_and_may_keep_its_encoder(run, tmp_p
     options = ["--init-weights", str(weights), "--optimizer.freeze-encoder"]
     assert main(["train", "--out", str(out), *arguments, *options]) == 0
     store = CheckpointStore(out / "checkpoints")
-    tuned = to_torch(jax.device_get(store.restore("best").variables))
+    tuned = to_torch(jax.device_get(store.restore_best().variables))
     store.close()
     for name, weight in tuned.items():
         learnt = "running" not in name and not name.endswith("num_batches_tracked")

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from orientations import ORIENTATIONS, TILT, create_volume
 
-from afl_jax.checkpoint import Checkpoint, CheckpointStore
+from afl_jax.checkpoint import Checkpoint, CheckpointStore, EpochTotals
 from afl_jax.cli import main
 from afl_jax.commands import construct
 from afl_jax.commands.predict import predict_prepared
@@ -48,11 +48,13 @@ def make_run(
     (folder / "config.json").write_text(to_json(CONFIG))
     store = CheckpointStore(folder / "checkpoints")
     checkpoint = Checkpoint(
-        epoch=1,
+        step=1,
         variables=variables,
         optimizer={"step": jnp.zeros((), jnp.int32)},
+        key=jax.random.key(0),
         iterator={},
         history=[],
+        totals=EpochTotals(),
         config=CONFIG,
     )
     store.save(checkpoint, score=0.5)

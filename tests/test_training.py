@@ -152,6 +152,44 @@ def test_a_step_is_gradient_descent_on_the_mean_over_volumes():
     assert after.step == 1
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_step_that_is_not_finite_changes_nothing_if_it_is_to_be_skipped(value):
+    state = linear_state(training.create_optimizer("adam", learning_rate=0.1))
+    step = jax.jit(
+        functools.partial(training.train_step, loss_fn=mean_square_loss, skip_non_finite=True)
+    )
+    batch = make_batch()
+    state, _ = step(state, batch, jax.random.key(0))
+    batch["image"][2, 3, 3, 3] = value
+    skipped, metrics = step(state, batch, jax.random.key(0))
+    assert not np.isfinite(metrics["loss"])
+    assert skipped.step == state.step + 1
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        (skipped.params, skipped.batch_stats, skipped.opt_state),
+        (state.params, state.batch_stats, state.opt_state),
+    )
+
+
+def test_running_statistics_of_a_skipped_step_are_dropped_too():
+    strides = ((2, 2, 1), (2, 2, 2), (1, 1, 1), (2, 2, 2), (1, 1, 1))
+    model = create_model(
+        "resnet18_unet", num_classes=2, width=2, decoder_features=(2,) * 5, strides=strides
+    )
+    batch = make_batch(shape=(16, 16, 8), batch_size=2)
+    variables = model.init(jax.random.key(0), batch["image"])
+    optimizer = training.create_optimizer("sgd", learning_rate=0.1)
+    state = training.create_train_state(model.apply, variables, optimizer)
+    step = functools.partial(training.train_step, loss_fn=adaptive_focal_loss)
+    batch["image"][0, 0, 0, 0] = np.nan
+    applied, _ = jax.jit(step)(state, batch, jax.random.key(0))
+    assert not all(np.isfinite(x).all() for x in jax.tree.leaves(applied.batch_stats))
+    skipped, _ = jax.jit(functools.partial(step, skip_non_finite=True))(
+        state, batch, jax.random.key(0)
+    )
+    jax.tree.map(np.testing.assert_array_equal, skipped.variables, state.variables)
+
+
 def test_masked_voxels_do_not_reach_the_loss():
     batch = make_batch()
     batch["voxel_mask"][:, :, :, 3] = False

@@ -75,7 +75,7 @@ def evaluate(
     Returns:
         The exit code: 2 if a case could not be evaluated; the others are.
     """
-    console = Console()
+    console = reports.create_console()
     if (labels is None) == (run is None):
         raise InputError("give either --labels or --run.")
     if run is not None and label_map:

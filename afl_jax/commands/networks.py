@@ -126,7 +126,7 @@ def _restore_best(run: Path) -> Network:
     construct.run_config_path(run)  # Says if this is no run.
     store = CheckpointStore(run / "checkpoints", read_only=True)
     try:
-        best = store.restore("best")
+        best = store.restore_best()
     finally:
         store.close()
     return Network(run, best.config, best.variables, best.epoch)

@@ -11,7 +11,6 @@ from typing import Annotated, Any, Literal
 import jax
 import numpy as np
 import tyro
-from rich.console import Console
 
 from afl_jax import inference, parallel, reports
 from afl_jax.commands import construct, networks
@@ -75,7 +74,7 @@ def predict(
     Returns:
         The exit code: 2 if a case could not be predicted; the others are.
     """
-    console = Console()
+    console = reports.create_console()
     _check_options(
         channels=channels, overlap=overlap, mirror_axes=mirror_axes, patch_batch=patch_batch
     )

@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import Annotated
 
 import tyro
-from rich.console import Console
 
 from afl_jax import reports
 from afl_jax.commands.construct import prepare_data
@@ -30,7 +29,7 @@ def prepare(
         The exit code.
     """
     del config_file  # The command line made it the default of `data`.
-    console = Console()
+    console = reports.create_console()
     builder = prepare_data(data, console)
     if noted := [row for row in builder.read_table() if row["notes"]]:
         console.print(reports.note_table(noted, title=f"{len(noted)} cases to look at"))

@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,19 +10,29 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
-from rich.console import Console
 
 from afl_jax import figures, inference, loop, parallel, reports, training
-from afl_jax.checkpoint import CheckpointStore
+from afl_jax.checkpoint import CheckpointStore, EpochTotals
 from afl_jax.commands import construct
-from afl_jax.config import Config, check_config, read_config, to_json
+from afl_jax.config import Config, changed_fields, check_config, read_config, to_json
 from afl_jax.data import augment
-from afl_jax.errors import InputError
+from afl_jax.errors import InputError, print_error
+from afl_jax.files import remove_leftovers
+from afl_jax.fingerprint import (
+    data_difference,
+    describe_data,
+    describe_session,
+    read_fingerprint,
+)
 from afl_jax.models.pretrained import from_torch, read_weights
+from afl_jax.signals import StopRequest, deferred_signals
 
 _NUM_OVERLAY_CASES = 4
 # What a resumed run may change of the config that it began with.
-_FREE_ON_RESUME = ("num_epochs", "eval_every", "num_devices", "tensorboard")
+_FREE_ON_RESUME = (
+    *("num_epochs", "eval_every", "checkpoint_every", "num_checkpoints", "non_finite"),
+    *("num_devices", "tensorboard"),
+)
 
 
 def train(
@@ -31,6 +41,7 @@ def train(
     config: Annotated[Config, tyro.conf.arg(name="")] = Config(),
     config_file: Annotated[Path | None, tyro.conf.arg(name="config")] = None,
     resume: bool = False,
+    allow_changes: bool = False,
 ) -> int:
     """Train a network, then evaluate and draw its best epoch.
 
@@ -42,14 +53,15 @@ def train(
         config: The run.
         config_file: A config.json, such as another run's; options beside it override it.
         resume: Go on with the run in --out from its newest checkpoint.
+        allow_changes: With --resume, though the config or the data set are not as they were.
 
     Returns:
         The exit code.
     """
     del config_file  # The command line made it the default of `config`.
-    console = Console()
+    console = reports.create_console()
     check_config(config)
-    _check_run_folder(out, config, resume=resume)
+    _check_run_folder(out, config, resume=resume, allow_changes=allow_changes)
     # Whatever a mistake in the config could break comes before the first long work.
     devices = parallel.select_devices(
         config.num_devices, batch_size=config.batch_size // config.num_microbatches
@@ -59,6 +71,7 @@ def train(
     loss_fn = construct.create_loss(config.loss, num_classes=config.model.num_classes)
     log_fn = construct.create_tensorboard_log(out) if config.tensorboard else None
     weights = read_weights(config.init_weights) if config.init_weights else None
+    fingerprint = _take_fingerprint(out, config, resume=resume, allow_changes=allow_changes)
     builder = construct.prepare_data(config.data, console)
     if 2 < config.model.num_classes < builder.num_classes:
         raise InputError(
@@ -85,20 +98,22 @@ def train(
         variables = from_torch(weights, state.variables, source=str(config.init_weights))
         state = state.replace(**variables)
     batches = construct.create_loader(builder, "train", config)
-    history = []
+    history, totals = [], EpochTotals()
     out.mkdir(parents=True, exist_ok=True)
     reports.write_text(out / "config.json", to_json(config))
-    store = CheckpointStore(out / "checkpoints")
+    store = CheckpointStore(out / "checkpoints", num_kept=config.num_checkpoints)
     if resume and not store.is_empty:
-        restored = store.restore(
-            "latest", optimizer={"step": state.step, "opt_state": state.opt_state}
+        restored = store.restore_newest(
+            optimizer={"step": state.step, "opt_state": state.opt_state}, warn=print_error
         )
         state = state.replace(**restored.variables, **restored.optimizer)
         batches.set_state(restored.iterator)
-        history = restored.history
-        console.print(f"resumed after epoch {restored.epoch}", highlight=False)
+        augment_key, history, totals = restored.key, restored.history, restored.totals
+        console.print(f"resumed after {restored.place}", highlight=False)
     elif resume:
-        console.print("no epoch was validated before: the run begins anew", highlight=False)
+        console.print("there is no checkpoint yet: the run begins anew", highlight=False)
+    fingerprint["sessions"].append(describe_session(step=int(state.step)))
+    reports.write_json(out / "fingerprint.json", fingerprint)
 
     train_step = parallel.compile_step(
         functools.partial(
@@ -110,6 +125,7 @@ def train(
             statistics_fn=construct.loss_statistics,
             axis_name=axis_name,
             num_microbatches=config.num_microbatches,
+            skip_non_finite=config.non_finite == "skip",
         ),
         devices,
         donate_state=True,
@@ -125,8 +141,8 @@ def train(
         devices,
     )
 
-    def validate(variables: Any) -> list[loop.Row]:
-        batches = construct.create_loader(builder, "val", config)
+    def validate(variables: Any, stop: StopRequest) -> list[loop.Row]:
+        batches = stop.between(construct.create_loader(builder, "val", config))
         return loop.evaluate(variables, batches, eval_step=eval_step, devices=devices)
 
     num_parameters = sum(x.size for x in jax.tree.leaves(state.params))
@@ -138,27 +154,30 @@ def train(
         soft_wrap=True,
     )
     try:
-        history = loop.fit(
-            state,
-            config=config,
-            batches=batches,
-            num_steps=num_steps,
-            train_step=train_step,
-            evaluate_fn=validate,
-            key=augment_key,
-            devices=devices,
-            store=store,
-            run_dir=out,
-            console=console,
-            history=history,
-            log_fn=log_fn,
-        )
+        with deferred_signals() as stop:
+            history = loop.fit(
+                state,
+                config=config,
+                batches=batches,
+                num_steps=num_steps,
+                train_step=train_step,
+                evaluate_fn=functools.partial(validate, stop=stop),
+                key=augment_key,
+                devices=devices,
+                store=store,
+                run_dir=out,
+                console=console,
+                stop=stop,
+                history=history,
+                totals=totals,
+                log_fn=log_fn,
+            )
         store.wait()
-        best = store.restore("best")
+        best = store.restore_best()
     finally:
         store.close()
     variables = parallel.replicate(best.variables, devices)
-    rows = validate(variables)
+    rows = validate(variables, StopRequest())
     batches = construct.create_loader(builder, "val", config)
     cases = _overlay_cases(variables, rows, batches, eval_step=eval_step, devices=devices)
     reports.write_csv(out / "validation.csv", rows)
@@ -178,8 +197,9 @@ def train(
     return 0
 
 
-def _check_run_folder(out: Path, config: Config, *, resume: bool) -> None:
+def _check_run_folder(out: Path, config: Config, *, resume: bool, allow_changes: bool) -> None:
     """A new run needs a new folder; a resumed one, the config that it began with."""
+    remove_leftovers(out)
     if not resume:
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
             raise InputError(
@@ -189,14 +209,41 @@ def _check_run_folder(out: Path, config: Config, *, resume: bool) -> None:
     path = out / "config.json"
     if not path.exists():
         raise InputError(f"--out {out} is not a run that could be resumed: it has no config.json.")
-    before = read_config(path)
-    for field in fields(Config):
-        old, new = getattr(before, field.name), getattr(config, field.name)
-        if old != new and field.name not in _FREE_ON_RESUME:
+    differences = [
+        f"{name} is {before}, got {now}"
+        for name, (now, before) in changed_fields(config, read_config(path)).items()
+        if name not in _FREE_ON_RESUME
+    ]
+    if differences and not allow_changes:
+        raise InputError(
+            f"--resume goes on with the config of {path}, where {'; '.join(differences)}: leave "
+            "the options out, start a new run, or say --allow-changes."
+        )
+
+
+def _take_fingerprint(
+    out: Path, config: Config, *, resume: bool, allow_changes: bool
+) -> dict[str, Any]:
+    """The data set of the run, as it must have been before, and its sessions before this one."""
+    builder = construct.create_builder(config.data)
+    keys = zip(builder.cases, builder.builder_config.keys, strict=True)
+    splits = builder.split_cases().items()
+    data = describe_data(
+        config.data.name,
+        keys={case.case_id: key for case, key in keys},
+        splits={name: [case.case_id for case in cases] for name, cases in splits},
+    )
+    path, sessions = out / "fingerprint.json", []
+    if resume and path.exists():
+        before = read_fingerprint(path)
+        difference = data_difference(before["data"], data)
+        if difference and not allow_changes:
             raise InputError(
-                f"--resume goes on with the config of {path}, where {field.name} is {old}, got "
-                f"{new}: leave the option out, or start a new run."
+                f"--resume goes on with the data set of {path}, but {difference}: bring it back, "
+                "start a new run, or say --allow-changes."
             )
+        sessions = before["sessions"]
+    return {"data": data, "sessions": sessions}
 
 
 def _overlay_cases(

@@ -118,9 +118,10 @@ class Folder(RecordsBuilder):
     def find_cases(cls, settings: FolderSettings) -> list[FolderCase]:
         """The entries of ``dataset.json``, sorted by name.
 
+        A file that is missing is an error of its case, not of the data set.
+
         Raises:
-          InputError: If the folder or its ``dataset.json`` is not as it must be, or a file that
-            it names is missing.
+          InputError: If the folder or its ``dataset.json`` is not as it must be.
         """
         source = Path(settings.source)
         return list_folder_cases(source, read_dataset_json(source))
@@ -161,6 +162,12 @@ class Folder(RecordsBuilder):
 
     def read_case(self, case: FolderCase) -> ReadCase:
         """Reads and checks one case."""
+        for kind, path in (*(("image", path) for path in case.images), ("label", case.label)):
+            if not path.is_file():
+                raise InputError(
+                    f"case {case.case_id}: its {kind} {path} is missing; add the file, or remove "
+                    "the case from dataset.json."
+                )
         image = read_channels(case.images, num_channels=self.num_channels)
         labels = read_single_channel(case.label, kind="label")
         if difference := grid_difference(labels, image):
@@ -236,7 +243,7 @@ def read_dataset_json(source: Path) -> dict[str, Any]:
 
 
 def list_folder_cases(source: Path, dataset: Mapping[str, Any]) -> list[FolderCase]:
-    """The cases of a folder, sorted by name; every file is there, none is outside.
+    """The cases of a folder, sorted by name; no file is outside.
 
     Args:
       source: The folder.
@@ -246,7 +253,7 @@ def list_folder_cases(source: Path, dataset: Mapping[str, Any]) -> list[FolderCa
       The cases, with absolute paths.
 
     Raises:
-      InputError: If a file is missing or outside of the folder, or two cases have one name.
+      InputError: If a file is outside of the folder, or two cases have one name.
     """
     cases: dict[str, FolderCase] = {}
     for entry in dataset["training"]:
@@ -256,12 +263,6 @@ def list_folder_cases(source: Path, dataset: Mapping[str, Any]) -> list[FolderCa
         label = _inside(source, entry["label"])
         case_id = case_name(label)
         paths = tuple(_inside(source, image) for image in images)
-        for kind, path in (*(("image", path) for path in paths), ("label", label)):
-            if not path.is_file():
-                raise InputError(
-                    f"case {case_id}: its {kind} {path} is missing; add the file, or remove the "
-                    "case from dataset.json."
-                )
         if case_id in cases:
             raise InputError(
                 f"case {case_id}: listed twice in {source / 'dataset.json'}; names must differ."

@@ -27,6 +27,7 @@ import json
 import logging
 import math
 import os
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
@@ -41,7 +42,7 @@ from afl_jax.data.cases import Case
 from afl_jax.data.preprocess import PREPARATION, content_box, prepare_image, prepare_labels
 from afl_jax.data.volume import Volume
 from afl_jax.errors import InputError
-from afl_jax.files import written_beside
+from afl_jax.files import remove_leftovers, written_beside
 from afl_jax.lesions import label_components
 
 Progress = Callable[[int, int], None]
@@ -193,6 +194,7 @@ class RecordsBuilder(FileReaderBuilder, abc.ABC, skip_registration=True):
             prepared = self.is_prepared()
         try:
             if not prepared:
+                self._remove_leftovers()
                 self._stage_cases(num_workers=num_workers, progress=progress, warn=warn)
                 tfds.disable_progress_bar()
                 with _quiet_log():
@@ -324,6 +326,14 @@ class RecordsBuilder(FileReaderBuilder, abc.ABC, skip_registration=True):
     def _stages(self) -> list[Path]:
         """Where each case is kept until the data set is whole."""
         return [self._staging / f"{key}.record" for key in self.builder_config.keys]
+
+    def _remove_leftovers(self) -> None:
+        """Removes what a killed process had begun to write, of the cases and of the whole."""
+        for key in self.builder_config.keys:
+            remove_leftovers(self._staging, name=f"{key}.record")
+        place = Path(self.data_dir)
+        for folder in place.parent.glob(f"incomplete.*_{place.name}"):
+            shutil.rmtree(folder, ignore_errors=True)
 
     def _stage_cases(
         self,
