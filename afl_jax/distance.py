@@ -3,6 +3,8 @@
 import jax
 import jax.numpy as jnp
 
+from afl_jax.statistics import foreground_and_valid
+
 
 def distance_to_boundary(
     labels: jax.Array,
@@ -27,18 +29,45 @@ def distance_to_boundary(
       Of the shape of ``labels``, in mm; without gradient. 0 in a volume that has no foreground or
       no background.
 
+    Raises:
+      ValueError: If a shape is not as stated.
+
     References:
       Felzenszwalb, Huttenlocher, Distance Transforms of Sampled Functions, 2012,
       https://doi.org/10.4086/toc.2012.v008a019
     """
-    foreground = labels > 0
-    exists = jnp.ones(labels.shape, bool) if voxel_mask is None else voxel_mask > 0
-    if spacing is None:
-        spacing = jnp.ones((labels.shape[0], labels.ndim - 1))
-    to_foreground = jax.vmap(_squared_distance)(foreground & exists, spacing)
-    to_background = jax.vmap(_squared_distance)(~foreground & exists, spacing)
+    foreground, valid = foreground_and_valid(labels, voxel_mask)
+    if valid is None:
+        valid = jnp.ones(labels.shape, bool)
+    spacing = spacing_or_ones(labels, spacing)
+    to_foreground = jax.vmap(_squared_distance)(foreground & valid, spacing)
+    to_background = jax.vmap(_squared_distance)(~foreground & valid, spacing)
     squared = jnp.where(foreground, to_background, to_foreground)
     return jax.lax.stop_gradient(jnp.sqrt(jnp.where(jnp.isfinite(squared), squared, 0.0)))
+
+
+def spacing_or_ones(labels: jax.Array, spacing: jax.Array | None) -> jax.Array:
+    """The spacing of each volume, checked against its labels.
+
+    Args:
+      labels: ``[B, X, Y, Z]`` or ``[B, X, Y]``.
+      spacing: In mm, ``[B, 3]`` or ``[B, 2]``, or None.
+
+    Returns:
+      The spacing; 1 along each axis if None.
+
+    Raises:
+      ValueError: If the shape of the spacing is not as stated.
+    """
+    shape = (labels.shape[0], labels.ndim - 1)
+    if spacing is None:
+        return jnp.ones(shape)
+    if spacing.shape != shape:
+        raise ValueError(
+            f"spacing must have shape {shape}, a number for each volume and axis, "
+            f"got {spacing.shape}."
+        )
+    return spacing
 
 
 def _squared_distance(target: jax.Array, spacing: jax.Array) -> jax.Array:
@@ -50,7 +79,7 @@ def _squared_distance(target: jax.Array, spacing: jax.Array) -> jax.Array:
 
 
 def _min_along(squared: jax.Array, step: jax.Array, axis: int, length: int) -> jax.Array:
-    """min over j of squared(j) + step (i - j)^2, one j after the other to save memory."""
+    """Min over j of squared(j) + step (i - j)^2, one j after the other to save memory."""
     position = jnp.arange(length).reshape([-1 if a == axis else 1 for a in range(squared.ndim)])
 
     def take(j: jax.Array, nearest: jax.Array) -> jax.Array:

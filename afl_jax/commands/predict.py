@@ -70,6 +70,7 @@ def predict(
             return builder.read_case(case).image
 
     model = construct.create_model(config)
+    activation = construct.loss_activation(config.loss, num_classes=config.model.num_classes)
     # The builder's own defaults stand where the config leaves them open.
     preparation = {name: getattr(config.data, name) for name in preprocess.PREPARATION}
     preparation = {name: value for name, value in preparation.items() if value is not None}
@@ -81,7 +82,8 @@ def predict(
     # in the compilation cache.
     @jax.jit
     def class_probs(variables: Any, patch: jax.Array) -> jax.Array:
-        return inference.class_probs(model.apply(variables, patch, train=False))
+        logits = model.apply(variables, patch, train=False)
+        return inference.class_probs(logits, activation=activation)
 
     apply_fn = functools.partial(class_probs, jax.device_put(variables))
     out.mkdir(parents=True, exist_ok=True)

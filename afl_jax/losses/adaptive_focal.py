@@ -1,4 +1,4 @@
-"""The adaptive focal loss (A-FL) as published, and a form whose focus follows irregularity alone."""
+"""The adaptive focal loss (A-FL), and a form of it whose focus follows irregularity alone."""
 
 import functools
 from collections.abc import Callable
@@ -60,7 +60,8 @@ def adaptive_focal_loss(
       no voxel counts.
 
     Raises:
-      ValueError: If a shape, ``balance`` or ``region`` is not as stated, or ``"channel"`` is asked of K >= 3.
+      ValueError: If a shape, ``balance`` or ``region`` is not as stated, or ``"channel"`` is asked
+        of K >= 3.
 
     References:
       Islam et al., Size and Smoothness Aware Adaptive Focal Loss for Small Tumor Segmentation,
@@ -76,7 +77,7 @@ def irregularity_focal_loss(
     logits: jax.Array,
     labels: jax.Array,
     *,
-    scale: float = 4.0,
+    scale: float = 5.0,
     base: float = 0.0,
     alpha: jax.Array | float | None = 0.7,
     balance: Balance = "voxel",
@@ -93,8 +94,8 @@ def irregularity_focal_loss(
 
     - *Focus.* The published gamma is a share of the volume: near 0 for every small lesion, larger
       for a larger one, and much the same for a smooth and a ragged one. :math:`\rho` depends on
-      shape alone, so that at s = 4 a lesion with half again the surface of its ball has gamma 2,
-      the usual focal loss, and a smooth one cross-entropy.
+      shape alone, so that at s = 5 a lesion whose surface is 40 % larger than its ball's has
+      gamma 2, the usual focal loss, and a smooth one cross-entropy.
     - *Scale.* The focal factor is at most 1: by itself it takes weight from the very volumes on
       which it is to focus. :math:`1 / (1 + \gamma)` is its mean over p_t from 0 to 1; divided by
       it, the factor moves weight from easy voxels to hard ones, at most :math:`1 + \gamma` times.

@@ -55,7 +55,7 @@ def top_k_cross_entropy_loss(
     .. math:: \frac{1}{|T|} \sum_{v \in T} -\log p_t(v)
 
     where T holds the :math:`k = \lceil f N \rceil` of the N voxels (and channels, with
-    ``"sigmoid"``) whose cross-entropy is largest, and those that tie with the last of them.
+    ``"sigmoid"``) whose cross-entropy is largest. Those that tie for the last places share them.
 
     Args:
       logits: ``[B, X, Y, Z, K]`` or ``[B, X, Y, K]``.
@@ -86,9 +86,11 @@ def top_k_cross_entropy_loss(
     num_counted = counts.sum(axis=1, dtype=jnp.int32)
     k = jnp.ceil(fraction * num_counted).astype(jnp.int32)
     smallest = jnp.take_along_axis(ascending, (loss.shape[1] - k)[:, None], axis=1, mode="clip")
-    hardest = counts & (loss >= smallest)
-    num_hardest = jnp.maximum(hardest.sum(axis=1, dtype=jnp.int32), 1)
-    return jnp.sum(loss, axis=1, where=hardest) / num_hardest
+    above, tied = counts & (loss > smallest), counts & (loss == smallest)
+    num_above, num_tied = (x.sum(axis=1, dtype=jnp.int32) for x in (above, tied))
+    share = (k - num_above) / jnp.maximum(num_tied, 1)
+    total = jnp.sum(loss, axis=1, where=above) + share * jnp.sum(loss, axis=1, where=tied)
+    return total / jnp.maximum(k, 1)
 
 
 def focal_loss(
