@@ -29,6 +29,9 @@ import jax.numpy as jnp
 import numpy as np
 from numpy.typing import NDArray
 
+from afl_jax.distance import spacing_or_ones
+from afl_jax.statistics import foreground_and_valid
+
 # Points on half a sphere, or half a circle, that measure the share of each direction.
 _NUM_POINTS = 1000
 
@@ -64,23 +67,10 @@ def surface_irregularity(
       Legland, Kieu, Devaux, Computation of Minkowski Measures on 2D and 3D Binary Images, 2007,
       https://doi.org/10.5566/ias.v26.p83-92
     """
-    if labels.ndim not in (3, 4):
-        raise ValueError(f"labels must have shape [B, X, Y, Z] or [B, X, Y], got {labels.shape}.")
-    num_axes = labels.ndim - 1
-    foreground = labels > 0
-    if voxel_mask is not None:
-        if voxel_mask.shape != labels.shape:
-            raise ValueError(
-                f"voxel_mask must have the shape of labels = {labels.shape}, "
-                f"got {voxel_mask.shape}."
-            )
-        foreground &= voxel_mask > 0
-    if spacing is None:
-        spacing = jnp.ones((labels.shape[0], num_axes))
-    if spacing.shape != (labels.shape[0], num_axes):
-        raise ValueError(
-            f"spacing must have shape {(labels.shape[0], num_axes)}, got {spacing.shape}."
-        )
+    foreground, valid = foreground_and_valid(labels, voxel_mask)
+    if valid is not None:
+        foreground &= valid
+    spacing = spacing_or_ones(labels, spacing)
     return jax.lax.stop_gradient(jax.vmap(_irregularity)(foreground, spacing))
 
 

@@ -92,7 +92,7 @@ def surface_smoothness(
     """
     if region not in get_args(Region):
         raise ValueError(f"region must be one of {get_args(Region)}, got {region!r}.")
-    foreground, valid = _foreground(labels, voxel_mask)
+    foreground, valid = foreground_and_valid(labels, voxel_mask)
     mask = foreground.astype(jnp.result_type(float))
     squared = sum(
         jnp.square(_gradient(mask, valid, axis=axis)) for axis in range(1, foreground.ndim)
@@ -138,10 +138,21 @@ def focusing_gamma(
     return scale * (size + surface_smoothness(labels, region=region, voxel_mask=voxel_mask))
 
 
-def _foreground(
+def foreground_and_valid(
     labels: jax.Array, voxel_mask: jax.Array | None
 ) -> tuple[jax.Array, jax.Array | None]:
-    """The labels as a bool mask and the voxel mask as bool, both without gradient."""
+    """The labels as a bool mask and the voxel mask as bool, both without gradient.
+
+    Args:
+      labels: ``[B, X, Y, Z]`` or ``[B, X, Y]``; foreground where greater than 0.
+      voxel_mask: Voxels that count, of the shape of ``labels``; all if None.
+
+    Returns:
+      Two bool arrays of the shape of ``labels``; the second is None if ``voxel_mask`` is.
+
+    Raises:
+      ValueError: If a shape is not as stated.
+    """
     if labels.ndim not in (3, 4):
         raise ValueError(f"labels must have shape [B, X, Y, Z] or [B, X, Y], got {labels.shape}.")
     if voxel_mask is not None and voxel_mask.shape != labels.shape:
@@ -175,7 +186,7 @@ def _sum_of_neighbours(pairs: jax.Array, *, axis: int) -> jax.Array:
 
 def _class_counts(labels: jax.Array, voxel_mask: jax.Array | None) -> tuple[jax.Array, jax.Array]:
     """Number of foreground and of background voxels, ``[B]``: counted exactly, then floats."""
-    foreground, valid = _foreground(labels, voxel_mask)
+    foreground, valid = foreground_and_valid(labels, voxel_mask)
     background = ~foreground
     if valid is not None:
         foreground, background = foreground & valid, background & valid

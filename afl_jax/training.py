@@ -183,6 +183,7 @@ def train_step(
     key: jax.Array,
     *,
     loss_fn: Callable[..., jax.Array],
+    loss_fields: Collection[str] = (),
     augment_fn: Callable[..., tuple[jax.Array, ...]] | None = None,
     statistics_fn: Callable[..., Mapping[str, jax.Array]] | None = None,
     axis_name: str | None = None,
@@ -195,9 +196,11 @@ def train_step(
       state: The state before.
       batch: ``image`` ``[B, *spatial, C]``, ``labels`` and ``voxel_mask`` ``[B, *spatial]``,
         ``epoch`` and ``case_index`` ``[B]``, ``spacing`` ``[B, number of spatial axes]``; the last
-        three are read by the augmentation only.
+        three are read by the augmentation and ``loss_fields`` only.
       key: The run's key, the same in every step.
       loss_fn: ``(logits, labels, *, voxel_mask) -> [B]``.
+      loss_fields: Arrays of the batch that the loss takes by keyword besides, such as
+        ``"spacing"``: that of the scan, which a zoom by the augmentation does not change.
       augment_fn: ``(key, image, labels, voxel_mask, spacing) -> (image, labels, voxel_mask)``, for
         one volume.
       statistics_fn: ``(labels, *, voxel_mask) -> {name: [B]}``, reported beside the loss.
@@ -223,10 +226,10 @@ def train_step(
         )
 
     def mean_loss(params: Any, batch_stats: Any, part: Any) -> tuple[jax.Array, Any]:
-        image, labels, voxel_mask = part
+        image, labels, voxel_mask, fields = part
         variables = {"params": params, "batch_stats": batch_stats}
         logits, updated = state.apply_fn(variables, image, train=True, mutable=["batch_stats"])
-        loss = loss_fn(logits, labels, voxel_mask=voxel_mask).mean()
+        loss = loss_fn(logits, labels, voxel_mask=voxel_mask, **fields).mean()
         metrics = {"loss": loss}
         if statistics_fn is not None:
             statistics = statistics_fn(labels, voxel_mask=voxel_mask)
@@ -239,8 +242,9 @@ def train_step(
         )
         return batch_stats, (gradients, metrics)
 
+    fields = {name: batch[name] for name in loss_fields}
     batch_stats, (gradients, metrics) = _mean_over_microbatches(
-        gradients_of, state.batch_stats, (image, labels, voxel_mask), num_microbatches
+        gradients_of, state.batch_stats, (image, labels, voxel_mask, fields), num_microbatches
     )
     if axis_name is not None:
         gradients, metrics = jax.lax.pmean((gradients, metrics), axis_name)
@@ -288,6 +292,7 @@ def eval_step(
     *,
     apply_fn: Callable[..., jax.Array],
     loss_fn: Callable[..., jax.Array],
+    loss_fields: Collection[str] = (),
     predict_fn: Callable[[jax.Array], jax.Array],
     counts_fn: Callable[..., Any],
 ) -> dict[str, Any]:
@@ -298,6 +303,7 @@ def eval_step(
       batch: As `train_step` takes it; ``epoch`` and ``case_index`` are not read.
       apply_fn: The network's ``apply``.
       loss_fn: ``(logits, labels, *, voxel_mask) -> [B]``.
+      loss_fields: As `train_step` takes them.
       predict_fn: Logits ``[B, *spatial, K]`` to a class map ``[B, *spatial]``.
       counts_fn: ``(prediction, labels, *, voxel_mask) -> counts``, arrays that begin with B.
 
@@ -308,7 +314,9 @@ def eval_step(
     prediction = predict_fn(logits)
     labels, voxel_mask = batch["labels"], batch["voxel_mask"]
     return {
-        "loss": loss_fn(logits, labels, voxel_mask=voxel_mask),
+        "loss": loss_fn(
+            logits, labels, voxel_mask=voxel_mask, **{name: batch[name] for name in loss_fields}
+        ),
         "counts": counts_fn(prediction, labels, voxel_mask=voxel_mask),
         # What the network says of padding means nothing: no loss reaches it.
         "prediction": jnp.where(voxel_mask, prediction, 0).astype(jnp.uint8),

@@ -135,8 +135,14 @@ def test_registries_are_plain_dicts_of_callables():
         assert all(callable(value) for value in registry.values())
 
 
-def test_every_public_function_of_losses_is_a_loss_by_name_and_registered():
-    functions = public_functions("afl_jax.losses")
+def test_every_public_function_that_is_a_loss_by_name_is_registered():
+    functions = [
+        function
+        for name in MODULES
+        if name.startswith("afl_jax.losses.")
+        for function in public_functions(name)
+        if function.__name__.endswith("_loss")
+    ]
     assert {f"{name}_loss": f for name, f in LOSSES.items()} == {f.__name__: f for f in functions}
 
 

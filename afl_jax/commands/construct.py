@@ -7,19 +7,22 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from rich.console import Console
 
-from afl_jax import loop, metrics, reports, statistics, training
+from afl_jax import inference, loop, metrics, reports, statistics, training
 from afl_jax.config import Config, DataConfig, LossConfig
 from afl_jax.data import loader
 from afl_jax.errors import InputError, print_error
 from afl_jax.losses import LOSSES
 from afl_jax.models import zoo
+
+# Arrays of a batch that a loss may ask for by name.
+_LOSS_FIELDS = ("spacing",)
 
 
 @contextmanager
@@ -48,18 +51,16 @@ def create_loss(config: LossConfig, *, num_classes: int) -> Callable[..., jax.Ar
         num_classes: Channels of the logits.
 
     Returns:
-        ``(logits, labels, *, voxel_mask) -> [B]``.
+        ``(logits, labels, *, voxel_mask) -> [B]``; see `loss_fields` and `loss_activation`.
 
     Raises:
         InputError: If the name, an option or its value is unknown.
     """
-    if config.name not in LOSSES:
-        raise InputError(f"loss.name {config.name!r} is unknown: choose from {', '.join(LOSSES)}.")
-    loss_fn = LOSSES[config.name]
+    loss_fn = _find_loss(config.name)
     allowed = [
         name
         for name, parameter in inspect.signature(loss_fn).parameters.items()
-        if parameter.kind is parameter.KEYWORD_ONLY and name != "voxel_mask"
+        if parameter.kind is parameter.KEYWORD_ONLY and name not in ("voxel_mask", *_LOSS_FIELDS)
     ]
     options = dict(config.options)
     if unknown := [name for name in options if name not in allowed]:
@@ -71,6 +72,61 @@ def create_loss(config: LossConfig, *, num_classes: int) -> Callable[..., jax.Ar
     with as_input_error("loss.options"):
         jax.eval_shape(loss_fn, jnp.zeros((1, 1, 1, 1, num_classes)), jnp.zeros((1, 1, 1, 1), int))
     return loss_fn
+
+
+def _find_loss(name: str) -> Callable[..., jax.Array]:
+    if name not in LOSSES:
+        raise InputError(f"loss.name {name!r} is unknown: choose from {', '.join(LOSSES)}.")
+    return LOSSES[name]
+
+
+def loss_fields(loss_fn: Callable[..., jax.Array]) -> tuple[str, ...]:
+    """What of a batch a loss takes besides logits, labels and voxel mask.
+
+    Args:
+        loss_fn: From `create_loss`.
+
+    Returns:
+        ``("spacing",)`` for a loss that measures in mm, else nothing.
+    """
+    parameters = inspect.signature(loss_fn).parameters
+    return tuple(name for name in _LOSS_FIELDS if name in parameters)
+
+
+def loss_activation(config: LossConfig, *, num_classes: int) -> Literal["sigmoid", "softmax"]:
+    """The activation with which a network is read that was trained with a loss.
+
+    Args:
+        config: Name and options.
+        num_classes: Channels of the logits.
+
+    Returns:
+        ``"softmax"`` where the loss has it, by its default or by option, for several channels.
+
+    Raises:
+        InputError: If the name is unknown.
+    """
+    parameter = inspect.signature(_find_loss(config.name)).parameters.get("activation")
+    if parameter is None or num_classes == 1:
+        return "sigmoid"
+    return dict(config.options).get("activation", parameter.default)
+
+
+def create_predict_fn(config: Config) -> Callable[[jax.Array], jax.Array]:
+    """The function from logits to a class map.
+
+    Args:
+        config: The run's.
+
+    Returns:
+        ``[..., K]`` to int32 ``[...]``; see `inference.labels_from_probs`.
+    """
+    activation = loss_activation(config.loss, num_classes=config.model.num_classes)
+
+    def predict(logits: jax.Array) -> jax.Array:
+        return inference.labels_from_probs(inference.class_probs(logits, activation=activation))
+
+    return predict
 
 
 def create_model(config: Config, *, axis_name: str | None = None) -> nn.Module:

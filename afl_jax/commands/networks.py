@@ -105,12 +105,16 @@ def create_class_probs(
     steps: dict[Any, Any] = {}
 
     def create(network: Network) -> inference.ApplyFn:
-        model = construct.create_model(network.config)
+        config = network.config
+        model = construct.create_model(config)
+        activation = construct.loss_activation(config.loss, num_classes=config.model.num_classes)
 
         def class_probs(variables: Any, batch: dict[str, jax.Array]) -> jax.Array:
-            return inference.class_probs(model.apply(variables, batch["image"], train=False))
+            logits = model.apply(variables, batch["image"], train=False)
+            return inference.class_probs(logits, activation=activation)
 
-        step = steps.setdefault(model, parallel.compile_step(class_probs, devices))
+        program = (model, activation)
+        step = steps.setdefault(program, parallel.compile_step(class_probs, devices))
         variables = parallel.replicate(network.variables, devices)
 
         def apply_fn(patches: jax.Array) -> jax.Array:

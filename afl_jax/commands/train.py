@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 
-from afl_jax import figures, inference, loop, parallel, reports, training
+from afl_jax import figures, loop, parallel, reports, training
 from afl_jax.checkpoint import CheckpointStore, EpochTotals
 from afl_jax.commands import construct
 from afl_jax.config import Config, changed_fields, check_config, read_config, to_json
@@ -119,6 +119,7 @@ def train(
         functools.partial(
             training.train_step,
             loss_fn=loss_fn,
+            loss_fields=construct.loss_fields(loss_fn),
             augment_fn=functools.partial(
                 augment.augment, patch_shape=config.data.patch_shape, **asdict(config.augment)
             ),
@@ -135,7 +136,8 @@ def train(
             training.eval_step,
             apply_fn=model.apply,
             loss_fn=loss_fn,
-            predict_fn=lambda logits: inference.labels_from_probs(inference.class_probs(logits)),
+            loss_fields=construct.loss_fields(loss_fn),
+            predict_fn=construct.create_predict_fn(config),
             counts_fn=functools.partial(construct.count, num_classes=config.model.num_classes),
         ),
         devices,
