@@ -14,6 +14,7 @@ import tyro
 
 from afl_jax import inference, parallel, reports
 from afl_jax.commands import construct, networks
+from afl_jax.commands.images import find_images
 from afl_jax.config import DataConfig
 from afl_jax.data import preprocess, volume
 from afl_jax.data.cases import Case
@@ -75,13 +76,11 @@ def predict(
         The exit code: 2 if a case could not be predicted; the others are.
     """
     console = reports.create_console()
-    _check_options(
-        channels=channels, overlap=overlap, mirror_axes=mirror_axes, patch_batch=patch_batch
-    )
+    _check_options(overlap=overlap, mirror_axes=mirror_axes, patch_batch=patch_batch)
     if (split is None) == (not images):
         raise InputError("give either --images or --split.")
     # A mistake in the names of files comes before the weights are read.
-    cases = _find_images(images, channels, out)
+    cases = _name_masks(find_images(images, channels=channels), out)
     members = networks.restore_networks(run, config_file, init_weights)
     data = members[0].config.data
     if split is None:
@@ -185,20 +184,13 @@ def predict_prepared(
     return restored
 
 
-def _check_options(
-    *, channels: Sequence[str], overlap: float, mirror_axes: Sequence[int], patch_batch: int
-) -> None:
+def _check_options(*, overlap: float, mirror_axes: Sequence[int], patch_batch: int) -> None:
     if not 0 <= overlap < 1:
         raise InputError(f"--overlap must be from 0 to less than 1, got {overlap}.")
     if len(set(mirror_axes)) != len(mirror_axes) or not set(mirror_axes) <= {0, 1, 2}:
         raise InputError(f"--mirror-axes must be different axes of 0, 1, 2, got {mirror_axes}.")
     if patch_batch < 1:
         raise InputError(f"--patch-batch must be at least 1, got {patch_batch}.")
-    for index, channel in enumerate(channels):
-        if any(channel.endswith(other) for other in channels[:index] + channels[index + 1 :]):
-            raise InputError(
-                f"--channels must be endings of which none ends in another, got {channels}."
-            )
 
 
 def _preparation(config: DataConfig) -> dict[str, Any]:
@@ -212,22 +204,10 @@ def _preparation(config: DataConfig) -> dict[str, Any]:
     return preparation
 
 
-def _find_images(
-    images: Sequence[str], channels: Sequence[str], out: Path
-) -> dict[Path, list[Path]]:
+def _name_masks(images: Sequence[tuple[str, list[Path]]], out: Path) -> dict[Path, list[Path]]:
     """Mask to write for each case, and the case's files; no two masks and no image alike."""
-    found: list[tuple[str, list[Path]]] = []
-    for argument in images:
-        folder = Path(argument)
-        if folder.is_dir():
-            found += _find_in_folder(folder, channels)
-            continue
-        files = [Path(name) for name in argument.split(",") if name]
-        if not files:
-            raise InputError("--images has an empty argument: give a file for each case.")
-        found.append((volume.case_name(files[0]), files))
     cases: dict[Path, list[Path]] = {}
-    for case_id, files in found:
+    for case_id, files in images:
         path = out / f"{case_id}.nii.gz"
         if path in cases:
             raise InputError(
@@ -240,34 +220,6 @@ def _find_images(
             )
         cases[path] = files
     return cases
-
-
-def _find_in_folder(folder: Path, channels: Sequence[str]) -> list[tuple[str, list[Path]]]:
-    """The cases of a folder, and with channels those of the folders in it, sorted."""
-    cases: dict[str, list[Path]] = {}
-    # A case that lacks one of its files has it in its list all the same: reading will say so.
-    for path in sorted(folder.rglob("*") if channels else folder.iterdir()):
-        if not path.name.endswith(volume.SUFFIXES) or path.name.startswith("."):
-            continue
-        name = volume.case_name(path)
-        if not channels:
-            cases[name] = [path]
-            continue
-        for channel in channels:
-            if name.endswith(channel):
-                case_id, suffix = name.removesuffix(channel), path.name.removeprefix(name)
-                files = [path.with_name(f"{case_id}{other}{suffix}") for other in channels]
-                if cases.setdefault(case_id, files) != files:
-                    raise InputError(
-                        f"case {case_id} is there twice, as {cases[case_id][0]} and {files[0]}: "
-                        "keep one."
-                    )
-    if not cases:
-        named = f" whose names end in {', '.join(channels)}" if channels else ""
-        raise InputError(
-            f"--images {folder} holds no volumes ({', '.join(volume.SUFFIXES)}){named}."
-        )
-    return list(cases.items())
 
 
 def _read_image(config: DataConfig, files: Sequence[Path], *, num_channels: int) -> volume.Volume:
