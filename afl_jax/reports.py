@@ -261,14 +261,17 @@ def note_table(rows: Sequence[Row], *, title: str, max_rows: int = 20) -> Table:
     return table
 
 
-def create_console() -> Console:
+def create_console(*, quiet: bool = False) -> Console:
     """Where commands print.
+
+    Args:
+        quiet: Whether nothing is printed.
 
     Returns:
         A console that prints text as it stands: a square bracket in the name of a case is no
         markup.
     """
-    return Console(markup=False)
+    return Console(markup=False, quiet=quiet)
 
 
 def progress_bar(console: Console, *columns: ProgressColumn) -> Progress:
@@ -375,7 +378,8 @@ def overlay_figure(cases: Sequence[OverlayCase], path: str | Path) -> None:
                 _draw_outline(axes, labels, case.spacing, colour)
         z = "" if case.slice_index is None else f", slice {case.slice_index}"
         dice = "undefined" if math.isnan(case.dice) else f"{case.dice:.3f}"
-        figure.axes[-3].set_title(f"{case.case_id}{z}", loc="left", fontsize=10)
+        # A name is no formula, whatever is in it.
+        figure.axes[-3].set_title(f"{case.case_id}{z}", loc="left", fontsize=10, parse_math=False)
         figure.axes[-1].set_title(f"Dice {dice}", loc="right", fontsize=10)
 
     handles = [
