@@ -133,6 +133,8 @@ def _with_default(
 
 def run() -> None:
     """Entry point of the console script."""
+    # Names of files that are not of the terminal's encoding are printed as escapes.
+    sys.stdout.reconfigure(errors="backslashreplace")
     report = sys.unraisablehook
 
     def report_others(unraisable: Any) -> None:

@@ -22,7 +22,7 @@ class InputError(ValueError):
         super().__init__(message)
 
 
-def print_error(error: Exception | str) -> None:
+def print_error(error: BaseException | str) -> None:
     """Prints an error as the command line does: one line on standard error.
 
     Args:

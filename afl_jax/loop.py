@@ -249,6 +249,7 @@ def fit(
             if saved_at != (step, len(history)):
                 save(score=None)
             store.wait()
+            parallel.wait_for_all("the last checkpoint is written")
             raise interruption.at(f"{step} of {config.num_epochs * num_steps} steps") from None
     return history
 

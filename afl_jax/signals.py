@@ -17,15 +17,18 @@ class Interrupted(KeyboardInterrupt):
 
     Attributes:
       signum: Which.
+      place: How far the work came, all of which is kept; empty if it was stopped anywhere.
     """
 
-    def __init__(self, signum: int, where: str = ""):
-        super().__init__(f"stopped by {signal.Signals(signum).name}{where}")
+    def __init__(self, signum: int, *, place: str = ""):
+        after = f" after {place}; go on with --resume" if place else ""
+        super().__init__(f"stopped by {signal.Signals(signum).name}{after}")
         self.signum = signum
+        self.place = place
 
     def at(self, place: str) -> "Interrupted":
-        """The same, saying how far the work came, all of which is kept."""
-        return Interrupted(self.signum, f" after {place}; go on with --resume")
+        """The same, saying how far the work came."""
+        return Interrupted(self.signum, place=place)
 
     @property
     def exit_code(self) -> int:

@@ -18,16 +18,9 @@ from afl_jax.cli import main
 from afl_jax.data.volume import Volume, write_volume
 
 
-@pytest.fixture(scope="module")
-def data_dir(tmp_path_factory) -> Path:
-    return tmp_path_factory.mktemp("data")
-
-
-@pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory, data_dir) -> Path:
-    out = tmp_path_factory.mktemp("runs") / "uninterrupted"
-    assert main(command(out, data_dir)) == 0
-    return out
+@pytest.fixture
+def data_dir(uninterrupted) -> Path:
+    return uninterrupted.parent / "data"
 
 
 @contextlib.contextmanager

@@ -12,16 +12,9 @@ from afl_jax import loop
 from afl_jax.cli import main
 
 
-@pytest.fixture(scope="module")
-def data_dir(tmp_path_factory) -> Path:
-    return tmp_path_factory.mktemp("data")
-
-
-@pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory, data_dir) -> Path:
-    out = tmp_path_factory.mktemp("runs") / "uninterrupted"
-    assert main(command(out, data_dir)) == 0
-    return out
+@pytest.fixture
+def data_dir(uninterrupted) -> Path:
+    return uninterrupted.parent / "data"
 
 
 def signal_at(patch: pytest.MonkeyPatch, name: str, call: int, signum: int) -> None:

@@ -8,6 +8,7 @@ import jax
 
 from afl_jax import parallel
 from afl_jax.errors import InputError, print_error
+from afl_jax.signals import Interrupted
 
 
 def run_distributed(work: Callable[[], int]) -> int:
@@ -24,7 +25,7 @@ def run_distributed(work: Callable[[], int]) -> int:
 
     Raises:
         InputError: If the processes cannot be joined.
-        Interrupted: As ``work`` raises it, in all processes.
+        Interrupted: If all processes came to an end in order.
     """
     say_goodbye = parallel.start_processes()
     try:
@@ -32,6 +33,11 @@ def run_distributed(work: Callable[[], int]) -> int:
     except (InputError, OSError) as error:
         print_error(error)
         code = 2
+    except Interrupted as interruption:
+        if interruption.place:
+            raise
+        print_error(interruption)
+        code = interruption.exit_code
     except jax.errors.JaxRuntimeError as error:
         # What a collective operation says depends on what connects the devices.
         reason = str(error).strip().splitlines()[0]

@@ -79,9 +79,10 @@ def _train(*, out: Path, config: Config, resume: bool, allow_changes: bool) -> i
     weights = read_weights(config.init_weights) if config.init_weights else None
     if is_writer:
         fingerprint = take_fingerprint(out, config, resume=resume, allow_changes=allow_changes)
-        construct.prepare_data(config.data, console)
+        builder = construct.prepare_data(config.data, console)
     parallel.wait_for_all("the data are prepared")
-    builder = construct.prepare_data(config.data, console)
+    if not is_writer:
+        builder = construct.prepare_data(config.data, console)
     if 2 < config.model.num_classes < builder.num_classes:
         raise InputError(
             f"model.num_classes must be at least {builder.num_classes}, the classes of the data, "
