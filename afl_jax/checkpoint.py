@@ -24,8 +24,10 @@ from orbax.checkpoint import checkpoint_managers as policies
 from afl_jax.config import Config, from_json, to_json
 from afl_jax.errors import InputError
 
-# Orbax tells its users about its own internals on every save.
+# Orbax tells its users about its own internals on every save, and asyncio, with a traceback, of
+# further errors of a checkpoint of which the first is raised.
 logging.getLogger("absl").setLevel(logging.ERROR)
+logging.getLogger("asyncio").setLevel(logging.CRITICAL)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,6 +92,8 @@ class CheckpointStore:
         """
         self.folder = folder
         self._notices: list[str] = []
+        if not read_only:
+            folder.mkdir(parents=True, exist_ok=True)
         self._set_unlisted_aside(read_only=read_only)
 
         def score(metrics: dict[str, float]) -> float:
@@ -99,10 +103,14 @@ class CheckpointStore:
         self._manager = ocp.CheckpointManager(
             folder.absolute(),
             options=ocp.CheckpointManagerOptions(
-                create=not read_only,
+                create=False,
                 read_only=read_only,
                 # What a killed process left half-written.
                 cleanup_tmp_directories=not read_only,
+                # Each process by itself: one writes, the others read.
+                multiprocessing_options=ocp.options.MultiprocessingOptions(
+                    primary_host=jax.process_index(), active_processes={jax.process_index()}
+                ),
                 best_fn=score,
                 best_mode="max",
                 preservation_policy=policies.AnyPreservationPolicy(

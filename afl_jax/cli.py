@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import tyro
@@ -36,13 +37,8 @@ def main(arguments: Sequence[str]) -> int:
     try:
         with raised_signals():
             return _run_command(list(arguments))
-    except InputError as error:
+    except (InputError, OSError) as error:
         print_error(error)
-        return 2
-    except OSError as error:
-        # A file that cannot be made or written, or a disk that is full.
-        place = f"{error.filename}: " if error.filename else ""
-        print_error(f"{place}{error.strerror or error}; check the path, its rights and the disk.")
         return 2
     except Interrupted as interruption:
         print(f"afl-jax: {interruption}", file=sys.stderr)
@@ -137,4 +133,14 @@ def _with_default(
 
 def run() -> None:
     """Entry point of the console script."""
+    # Names of files that are not of the terminal's encoding are printed as escapes.
+    sys.stdout.reconfigure(errors="backslashreplace")
+    report = sys.unraisablehook
+
+    def report_others(unraisable: Any) -> None:
+        # What is left of reading a damaged checkpoint, in a thread of its storage.
+        if "Event loop is closed" not in str(unraisable.exc_value):
+            report(unraisable)
+
+    sys.unraisablehook = report_others
     sys.exit(main(sys.argv[1:]))

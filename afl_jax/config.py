@@ -6,6 +6,7 @@ A variation is ``dataclasses.replace``; a typo fails where it stands.
 
 import dataclasses
 import json
+import sys
 import types
 import typing
 from collections.abc import Mapping
@@ -335,7 +336,9 @@ def _build(kind: Any, value: Any, *, where: str) -> Any:
                     for i, (k, item) in enumerate(zip(kinds, value, strict=True))
                 )
     elif kind is float:
-        if isinstance(value, int | float) and not isinstance(value, bool):
+        # JSON's readers take NaN and Infinity, and whole numbers beyond every float.
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if is_number and abs(value) <= sys.float_info.max:
             return float(value)
     elif kind is types.NoneType:
         if value is None:

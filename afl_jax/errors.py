@@ -22,13 +22,16 @@ class InputError(ValueError):
         super().__init__(message)
 
 
-def print_error(error: Exception | str) -> None:
+def print_error(error: BaseException | str) -> None:
     """Prints an error as the command line does: one line on standard error.
 
     Args:
         error: What is wrong. Control characters, which may come from the name of a file, are
-            printed as escapes.
+            printed as escapes. An OSError is a file that cannot be made, read or written.
     """
+    if isinstance(error, OSError):
+        place = f"{error.filename}: " if error.filename else ""
+        error = f"{place}{error.strerror or error}; check the path, its rights and the disk."
     line = " ".join(str(error).split())
     line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
     print(f"afl-jax: error: {line}", file=sys.stderr)

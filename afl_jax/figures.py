@@ -111,7 +111,8 @@ def overlay_figure(cases: Sequence[OverlayCase], path: str | Path) -> None:
                 _draw_outline(axes, labels, case.spacing, colour)
         z = "" if case.slice_index is None else f", slice {case.slice_index}"
         dice = "undefined" if math.isnan(case.dice) else f"{case.dice:.3f}"
-        figure.axes[-3].set_title(f"{case.case_id}{z}", loc="left", fontsize=10)
+        # A name is no formula, whatever is in it.
+        figure.axes[-3].set_title(f"{case.case_id}{z}", loc="left", fontsize=10, parse_math=False)
         figure.axes[-1].set_title(f"Dice {dice}", loc="right", fontsize=10)
 
     handles = [

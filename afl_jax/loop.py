@@ -161,12 +161,16 @@ def fit(
     history, step = list(history), int(state.step)
     pending: deque[_PendingStep] = deque()
     state, step_key = parallel.replicate((state, key), devices)
+    # A random key reaches the devices of several processes by way of the host.
+    guard = "disallow" if parallel.process_count() == 1 else "allow"
 
     saved_at = (step, len(history))
 
     def save(*, score: float | None) -> None:
         nonlocal saved_at
         saved_at = (step, len(history))
+        if parallel.process_index() != 0:
+            return
         one = parallel.unreplicate(state, devices)
         store.save(
             Checkpoint(
@@ -208,7 +212,7 @@ def fit(
                     wait += time.perf_counter() - before
                     fields = parallel.shard_batch(_device_fields(batch), devices)
                     # Whatever the step needs lies on the devices; the guard proves it.
-                    with jax.transfer_guard("disallow"):
+                    with jax.transfer_guard(guard):
                         state, output = train_step(state, fields, step_key)
                     step += 1
                     pending.append(_PendingStep(step, epoch, batch, output))
@@ -245,6 +249,7 @@ def fit(
             if saved_at != (step, len(history)):
                 save(score=None)
             store.wait()
+            parallel.wait_for_all("the last checkpoint is written")
             raise interruption.at(f"{step} of {config.num_epochs * num_steps} steps") from None
     return history
 
@@ -335,6 +340,8 @@ def _nan_mean(values: Sequence[float] | np.ndarray) -> float:
 
 
 def _write_history(run_dir: Path, history: Sequence[Row]) -> None:
+    if parallel.process_index() != 0:
+        return
     reports.write_csv(run_dir / "metrics.csv", history)
     reports.write_jsonl(run_dir / "metrics.jsonl", history)
 

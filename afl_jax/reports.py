@@ -305,14 +305,17 @@ def note_table(rows: Sequence[Row], *, title: str, max_rows: int = 20) -> Table:
     return table
 
 
-def create_console() -> Console:
+def create_console(*, quiet: bool = False) -> Console:
     """Where commands print.
+
+    Args:
+        quiet: Whether nothing is printed.
 
     Returns:
         A console that prints text as it stands: a square bracket in the name of a case is no
         markup.
     """
-    return Console(markup=False)
+    return Console(markup=False, quiet=quiet)
 
 
 def progress_bar(console: Console, *columns: ProgressColumn) -> Progress:

@@ -2,7 +2,7 @@
 
 import signal
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 from typing import TypeVar
@@ -17,15 +17,18 @@ class Interrupted(KeyboardInterrupt):
 
     Attributes:
       signum: Which.
+      place: How far the work came, all of which is kept; empty if it was stopped anywhere.
     """
 
-    def __init__(self, signum: int, where: str = ""):
-        super().__init__(f"stopped by {signal.Signals(signum).name}{where}")
+    def __init__(self, signum: int, *, place: str = ""):
+        after = f" after {place}; go on with --resume" if place else ""
+        super().__init__(f"stopped by {signal.Signals(signum).name}{after}")
         self.signum = signum
+        self.place = place
 
     def at(self, place: str) -> "Interrupted":
-        """The same, saying how far the work came, all of which is kept."""
-        return Interrupted(self.signum, f" after {place}; go on with --resume")
+        """The same, saying how far the work came."""
+        return Interrupted(self.signum, place=place)
 
     @property
     def exit_code(self) -> int:
@@ -37,15 +40,18 @@ class StopRequest:
     """Whether a signal came that is to be followed at the next good moment.
 
     Attributes:
-      signum: Which; None as long as none came.
+      signum: Which; 0 as long as none came.
+      agree_fn: What this process knows to what all of them follow, at the same call.
     """
 
-    signum: int | None = None
+    signum: int = 0
+    agree_fn: Callable[[int], int] | None = None
 
     def check(self) -> None:
-        """Raises `Interrupted` if a signal came."""
-        if self.signum is not None:
-            raise Interrupted(self.signum)
+        """Raises `Interrupted` if a signal came, and all processes agree."""
+        signum = self.signum if self.agree_fn is None else self.agree_fn(self.signum)
+        if signum:
+            raise Interrupted(signum)
 
     def between(self, items: Iterable[T]) -> Iterator[T]:
         """The items, with a `check` before each."""

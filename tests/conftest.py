@@ -53,3 +53,15 @@ def x64():
     """Float64 inside one test."""
     with jax.enable_x64(True):
         yield
+
+
+@pytest.fixture(scope="session")
+def uninterrupted(tmp_path_factory) -> Path:
+    """A run that nothing stopped, as `resumable_run` has it; ``data`` lies beside it."""
+    from resumable_run import command
+
+    from afl_jax.cli import main
+
+    out = tmp_path_factory.mktemp("uninterrupted") / "run"
+    assert main(command(out, out.parent / "data")) == 0
+    return out

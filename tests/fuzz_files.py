@@ -1,8 +1,8 @@
 """Damaged and hostile files, drawn by hypothesis, and the readers that must stand them.
 
-A program of its own, ``python fuzz_files.py KIND COUNT FOLDER``, so that the memory that it takes
-is that of the readers: it prints the outcomes and the growth of its resident memory as JSON. A
-reader may return or raise `InputError` with a message of one line, within seconds, and leaves the
+A program of its own, ``python fuzz_files.py COUNT FOLDER KIND...``, so that the memory that it
+takes is that of the readers: it prints the outcomes and the growth of its resident memory as JSON.
+A reader may return or raise `InputError` with a message of one line, within seconds, and leaves the
 folder as it was; anything else ends the program with a traceback.
 """
 
@@ -357,5 +357,5 @@ def fuzz(kind: str, count: int, folder: Path) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    kind, count, folder = sys.argv[1:]
-    print(json.dumps(fuzz(kind, int(count), Path(folder))))
+    count, folder, *kinds = sys.argv[1:]
+    print(json.dumps({kind: fuzz(kind, int(count), Path(folder, kind)) for kind in kinds}))

@@ -125,7 +125,7 @@ def test_square_brackets_in_names_are_no_markup(tmp_path, capsys):
     put_nan(image_of(source, "x]"))
     code, output = check(capsys, source)
     assert code == 2
-    assert "[/imagesTr/x]" in output
+    assert "[/imagesTr/x]" in output.replace(" ", "")
 
 
 @pytest.mark.parametrize("arguments", ["folder", "options"])

@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from test_resume import assert_same_run
+from resumable_run import assert_same_run
 from tiny_run import PHANTOM, TINY
 
 CHECKPOINT_EVERY = 2

@@ -1,65 +1,20 @@
 """A run that is interrupted and resumed is the run that was not, bit for bit."""
 
-import csv
 import functools
 import os
 import signal
 from pathlib import Path
-from typing import Any
 
-import jax
-import numpy as np
-import orbax.checkpoint as ocp
 import pytest
-from tiny_run import PHANTOM, TINY
+from resumable_run import assert_same_run, checkpoint_numbers, command, read_log
 
 from afl_jax import loop
 from afl_jax.cli import main
 
-NUM_STEPS = 3  # An epoch: six cases in batches of two.
-TIMES = ("volumes_per_second", "data_wait_fraction")
 
-
-def command(out: Path, data_dir: Path) -> list[str]:
-    cases = ["--data.num-train", str(2 * NUM_STEPS)]
-    run = ["train", "--out", str(out), "--data.data-dir", str(data_dir)]
-    return [*run, *TINY, *PHANTOM, *cases, "--checkpoint-every", "2", "--num-checkpoints", "3"]
-
-
-def read_log(run: Path) -> list[dict[str, str]]:
-    """The rows of metrics.csv without those that are times."""
-    with (run / "metrics.csv").open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    return [{name: row[name] for name in row if name not in TIMES} for row in rows]
-
-
-def checkpoint_numbers(run: Path) -> list[int]:
-    names = [path.name for path in (run / "checkpoints").iterdir()]
-    return sorted(int(name) for name in names if name.isdigit())
-
-
-def read_arrays(run: Path) -> Any:
-    """Parameters, running statistics and state of the optimizer of the newest checkpoint."""
-    newest = run / "checkpoints" / str(checkpoint_numbers(run)[-1])
-    with ocp.StandardCheckpointer() as checkpointer:
-        return {name: checkpointer.restore(newest / name) for name in ("variables", "optimizer")}
-
-
-def assert_same_run(run: Path, expected: Path) -> None:
-    assert read_log(run) == read_log(expected)
-    jax.tree.map(np.testing.assert_array_equal, read_arrays(run), read_arrays(expected))
-
-
-@pytest.fixture(scope="module")
-def data_dir(tmp_path_factory) -> Path:
-    return tmp_path_factory.mktemp("data")
-
-
-@pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory, data_dir) -> Path:
-    out = tmp_path_factory.mktemp("runs") / "uninterrupted"
-    assert main(command(out, data_dir)) == 0
-    return out
+@pytest.fixture
+def data_dir(uninterrupted) -> Path:
+    return uninterrupted.parent / "data"
 
 
 def signal_at(patch: pytest.MonkeyPatch, name: str, call: int, signum: int) -> None:

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from rich.console import Console
 
-from afl_jax import inference, loop, metrics, reports, statistics, training
+from afl_jax import inference, loop, metrics, parallel, reports, statistics, training
 from afl_jax.config import Config, DataConfig, LossConfig
 from afl_jax.data import loader
 from afl_jax.errors import InputError, print_error
@@ -270,13 +270,14 @@ def _settings(config: DataConfig) -> dict[str, Any]:
     }
 
 
-def create_loader(builder: Any, split: str, config: Config) -> Any:
+def create_loader(builder: Any, split: str, config: Config, *, shared: bool = False) -> Any:
     """Batches: endless and shuffled to train, in order and once otherwise.
 
     Args:
         builder: Of a prepared data set.
         split: ``"train"``, ``"val"`` or ``"test"``.
         config: The run's.
+        shared: Whether this process reads its share of each batch, and not all of it.
 
     Returns:
         See `loader.create_loader`.
@@ -288,6 +289,8 @@ def create_loader(builder: Any, split: str, config: Config) -> Any:
         seed=config.seed,
         shuffle=is_train,
         num_epochs=None if is_train else 1,
+        process_index=parallel.process_index() if shared else 0,
+        process_count=parallel.process_count() if shared else 1,
     )
 
 

@@ -1,6 +1,7 @@
 """``afl-jax train``: a config to a run, its best epoch evaluated and drawn."""
 
 import functools
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -14,25 +15,17 @@ import tyro
 from afl_jax import figures, loop, parallel, reports, training
 from afl_jax.checkpoint import CheckpointStore, EpochTotals
 from afl_jax.commands import construct
-from afl_jax.config import Config, changed_fields, check_config, read_config, to_json
+from afl_jax.commands.distributed import run_distributed
+from afl_jax.commands.run_folder import check_run_folder, take_fingerprint
+from afl_jax.config import Config, check_config, to_json
 from afl_jax.data import augment
+from afl_jax.data.cases import Case
 from afl_jax.errors import InputError, print_error
-from afl_jax.files import remove_leftovers
-from afl_jax.fingerprint import (
-    data_difference,
-    describe_data,
-    describe_session,
-    read_fingerprint,
-)
+from afl_jax.fingerprint import describe_session
 from afl_jax.models.pretrained import from_torch, read_weights
 from afl_jax.signals import StopRequest, deferred_signals
 
 _NUM_OVERLAY_CASES = 4
-# What a resumed run may change of the config that it began with.
-_FREE_ON_RESUME = (
-    *("num_epochs", "eval_every", "checkpoint_every", "num_checkpoints", "non_finite"),
-    *("num_devices", "tensorboard"),
-)
 
 
 def train(
@@ -42,6 +35,7 @@ def train(
     config_file: Annotated[Path | None, tyro.conf.arg(name="config")] = None,
     resume: bool = False,
     allow_changes: bool = False,
+    distributed: bool = False,
 ) -> int:
     """Train a network, then evaluate and draw its best epoch.
 
@@ -54,14 +48,26 @@ def train(
         config_file: A config.json, such as another run's; options beside it override it.
         resume: Go on with the run in --out from its newest checkpoint.
         allow_changes: With --resume, though the config or the data set are not as they were.
+        distributed: Be one of several processes of the run, which find each other by the
+            environment of a cluster, or by JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and
+            JAX_PROCESS_ID; data and run lie where all of them reach them, and process 0 writes.
 
     Returns:
         The exit code.
     """
     del config_file  # The command line made it the default of `config`.
-    console = reports.create_console()
     check_config(config)
-    _check_run_folder(out, config, resume=resume, allow_changes=allow_changes)
+    run = functools.partial(
+        _train, out=out, config=config, resume=resume, allow_changes=allow_changes
+    )
+    return run_distributed(run) if distributed else run()
+
+
+def _train(*, out: Path, config: Config, resume: bool, allow_changes: bool) -> int:
+    is_writer = parallel.process_index() == 0
+    console = reports.create_console(quiet=not is_writer)
+    if is_writer:
+        check_run_folder(out, config, resume=resume, allow_changes=allow_changes)
     # Whatever a mistake in the config could break comes before the first long work.
     devices = parallel.select_devices(
         config.num_devices, batch_size=config.batch_size // config.num_microbatches
@@ -69,10 +75,14 @@ def train(
     axis_name = parallel.axis_name(devices)
     model = construct.create_model(config, axis_name=axis_name)
     loss_fn = construct.create_loss(config.loss, num_classes=config.model.num_classes)
-    log_fn = construct.create_tensorboard_log(out) if config.tensorboard else None
+    log_fn = construct.create_tensorboard_log(out) if config.tensorboard and is_writer else None
     weights = read_weights(config.init_weights) if config.init_weights else None
-    fingerprint = _take_fingerprint(out, config, resume=resume, allow_changes=allow_changes)
-    builder = construct.prepare_data(config.data, console)
+    if is_writer:
+        fingerprint = take_fingerprint(out, config, resume=resume, allow_changes=allow_changes)
+        builder = construct.prepare_data(config.data, console)
+    parallel.wait_for_all("the data are prepared")
+    if not is_writer:
+        builder = construct.prepare_data(config.data, console)
     if 2 < config.model.num_classes < builder.num_classes:
         raise InputError(
             f"model.num_classes must be at least {builder.num_classes}, the classes of the data, "
@@ -97,11 +107,16 @@ def train(
     if weights is not None:
         variables = from_torch(weights, state.variables, source=str(config.init_weights))
         state = state.replace(**variables)
-    batches = construct.create_loader(builder, "train", config)
+    batches = construct.create_loader(builder, "train", config, shared=True)
     history, totals = [], EpochTotals()
-    out.mkdir(parents=True, exist_ok=True)
-    reports.write_text(out / "config.json", to_json(config))
-    store = CheckpointStore(out / "checkpoints", num_kept=config.num_checkpoints)
+    if is_writer:
+        out.mkdir(parents=True, exist_ok=True)
+        reports.write_text(out / "config.json", to_json(config))
+    else:
+        parallel.wait_for_all("damaged checkpoints are set aside")
+    store = CheckpointStore(
+        out / "checkpoints", num_kept=config.num_checkpoints, read_only=not is_writer
+    )
     if resume and not store.is_empty:
         restored = store.restore_newest(
             optimizer={"step": state.step, "opt_state": state.opt_state}, warn=print_error
@@ -112,8 +127,10 @@ def train(
         console.print(f"resumed after {restored.place}", highlight=False)
     elif resume:
         console.print("there is no checkpoint yet: the run begins anew", highlight=False)
-    fingerprint["sessions"].append(describe_session(step=int(state.step)))
-    reports.write_json(out / "fingerprint.json", fingerprint)
+    if is_writer:
+        fingerprint["sessions"].append(describe_session(step=int(state.step)))
+        reports.write_json(out / "fingerprint.json", fingerprint)
+        parallel.wait_for_all("damaged checkpoints are set aside")
 
     train_step = parallel.compile_step(
         functools.partial(
@@ -130,6 +147,7 @@ def train(
         ),
         devices,
         donate_state=True,
+        across_processes=True,
     )
     eval_step = parallel.compile_step(
         functools.partial(
@@ -143,27 +161,30 @@ def train(
         devices,
     )
 
-    def validate(variables: Any, stop: StopRequest) -> list[loop.Row]:
-        batches = stop.between(construct.create_loader(builder, "val", config))
-        return loop.evaluate(variables, batches, eval_step=eval_step, devices=devices)
+    def validate(variables: Any, stop: StopRequest, *, shared: bool) -> list[loop.Row]:
+        batches = stop.between(construct.create_loader(builder, "val", config, shared=shared))
+        rows = loop.evaluate(variables, batches, eval_step=eval_step, devices=devices)
+        return _gather_rows(rows, builder.split_cases()["val"]) if shared else rows
 
     num_parameters = sum(x.size for x in jax.tree.leaves(state.params))
     console.print(
         f"{config.model.name}, {num_parameters:,} parameters, {config.loss.name} loss; "
-        f"{num_cases} cases to train and {num_val} to validate; {len(devices)} "
-        f"{devices[0].platform} device(s), batch {config.batch_size}; compiling the first step",
+        f"{num_cases} cases to train and {num_val} to validate; {parallel.process_count()} "
+        f"process(es) of {len(devices)} {devices[0].platform} device(s), batch "
+        f"{config.batch_size}; compiling the first step",
         highlight=False,
         soft_wrap=True,
     )
     try:
         with deferred_signals() as stop:
+            stop.agree_fn = parallel.create_agreement(devices)
             history = loop.fit(
                 state,
                 config=config,
                 batches=batches,
                 num_steps=num_steps,
                 train_step=train_step,
-                evaluate_fn=functools.partial(validate, stop=stop),
+                evaluate_fn=functools.partial(validate, stop=stop, shared=True),
                 key=augment_key,
                 devices=devices,
                 store=store,
@@ -175,77 +196,39 @@ def train(
                 log_fn=log_fn,
             )
         store.wait()
-        best = store.restore_best()
+        if is_writer:
+            best = store.restore_best()
     finally:
         store.close()
-    variables = parallel.replicate(best.variables, devices)
-    rows = validate(variables, StopRequest())
-    batches = construct.create_loader(builder, "val", config)
-    cases = _overlay_cases(variables, rows, batches, eval_step=eval_step, devices=devices)
-    reports.write_csv(out / "validation.csv", rows)
-    figures.overlay_figure(cases, out / "overlay.png")
-    figures.curves_figure(
-        history,
-        out / "curves.png",
-        loss_columns=("loss", "val_loss"),
-        metric_columns=[f"val_{name}" for name in loop.METRICS],
-    )
-    console.print(reports.case_table(rows, title=f"validation at epoch {best.epoch}, the best"))
-    console.print(
-        f"{out}: checkpoints, config.json, metrics.csv, validation.csv, curves.png, overlay.png",
-        highlight=False,
-        soft_wrap=True,
-    )
+    if is_writer:
+        variables = parallel.replicate(best.variables, devices)
+        rows = validate(variables, StopRequest(), shared=False)
+        batches = construct.create_loader(builder, "val", config)
+        cases = _overlay_cases(variables, rows, batches, eval_step=eval_step, devices=devices)
+        reports.write_csv(out / "validation.csv", rows)
+        figures.overlay_figure(cases, out / "overlay.png")
+        figures.curves_figure(
+            history,
+            out / "curves.png",
+            loss_columns=("loss", "val_loss"),
+            metric_columns=[f"val_{name}" for name in loop.METRICS],
+        )
+        console.print(reports.case_table(rows, title=f"validation at epoch {best.epoch}, the best"))
+        console.print(
+            f"{out}: checkpoints, config.json, metrics.csv, validation.csv, curves.png, "
+            "overlay.png",
+            highlight=False,
+            soft_wrap=True,
+        )
+    parallel.wait_for_all("the run is written")
     return 0
 
 
-def _check_run_folder(out: Path, config: Config, *, resume: bool, allow_changes: bool) -> None:
-    """A new run needs a new folder; a resumed one, the config that it began with."""
-    remove_leftovers(out)
-    if not resume:
-        if out.exists() and (not out.is_dir() or any(out.iterdir())):
-            raise InputError(
-                f"--out {out} exists already: choose another folder, or go on with --resume."
-            )
-        return
-    path = out / "config.json"
-    if not path.exists():
-        raise InputError(f"--out {out} is not a run that could be resumed: it has no config.json.")
-    differences = [
-        f"{name} is {before}, got {now}"
-        for name, (now, before) in changed_fields(config, read_config(path)).items()
-        if name not in _FREE_ON_RESUME
-    ]
-    if differences and not allow_changes:
-        raise InputError(
-            f"--resume goes on with the config of {path}, where {'; '.join(differences)}: leave "
-            "the options out, start a new run, or say --allow-changes."
-        )
-
-
-def _take_fingerprint(
-    out: Path, config: Config, *, resume: bool, allow_changes: bool
-) -> dict[str, Any]:
-    """The data set of the run, as it must have been before, and its sessions before this one."""
-    builder = construct.create_builder(config.data)
-    keys = zip(builder.cases, builder.builder_config.keys, strict=True)
-    splits = builder.split_cases().items()
-    data = describe_data(
-        config.data.name,
-        keys={case.case_id: key for case, key in keys},
-        splits={name: [case.case_id for case in cases] for name, cases in splits},
-    )
-    path, sessions = out / "fingerprint.json", []
-    if resume and path.exists():
-        before = read_fingerprint(path)
-        difference = data_difference(before["data"], data)
-        if difference and not allow_changes:
-            raise InputError(
-                f"--resume goes on with the data set of {path}, but {difference}: bring it back, "
-                "start a new run, or say --allow-changes."
-            )
-        sessions = before["sessions"]
-    return {"data": data, "sessions": sessions}
+def _gather_rows(rows: Sequence[loop.Row], cases: Sequence[Case]) -> list[loop.Row]:
+    """The rows of all processes, in the order of the cases."""
+    shares = parallel.gather_bytes(json.dumps(rows).encode())
+    by_case = {row["case_id"]: row for share in shares for row in json.loads(share)}
+    return [by_case[case.case_id] for case in cases]
 
 
 def _overlay_cases(

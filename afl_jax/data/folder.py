@@ -274,10 +274,12 @@ def list_folder_cases(source: Path, dataset: Mapping[str, Any]) -> list[FolderCa
 
 def _inside(source: Path, name: str) -> Path:
     """A path that an entry names, resolved; neither ``..`` nor a link may lead out."""
-    path = (source / name).resolve()
+    dataset = source / "dataset.json"
+    try:
+        path = (source / name).resolve()
+        path.is_file()  # Says, too, whether the system takes it for a path.
+    except (OSError, ValueError, RuntimeError) as error:
+        raise InputError(f"{dataset}: {name!r} is no path ({error}); correct it.") from error
     if not path.is_relative_to(source.resolve()):
-        raise InputError(
-            f"{source / 'dataset.json'}: the path {name!r} leads out of the folder; "
-            "move the file inside."
-        )
+        raise InputError(f"{dataset}: the path {name!r} leads out of the folder; move it inside.")
     return path

@@ -20,7 +20,8 @@ from typing import Literal, get_args
 import numpy as np
 from scipy import ndimage
 
-from afl_jax.data.volume import MAX_NUM_VALUES, Interpolation, Vector, Volume, interpolate
+from afl_jax.data.headers import MAX_NUM_VALUES
+from afl_jax.data.volume import Interpolation, Vector, Volume, interpolate
 from afl_jax.errors import InputError
 from afl_jax.lesions import label_components
 

@@ -8,19 +8,14 @@ Arrays are ``[X, Y, Z]``, or ``[X, Y, Z, C]`` for several channels, such as the 
 examination. SimpleITK's arrays run z, y, x: that order exists only inside this file. A NIfTI file
 with channels is four-dimensional, channels last, as the Medical Segmentation Decathlon has it.
 
-A header is read before the pixels are, so that a file that claims an absurd size is refused before
-memory is taken. The bytes of a NIfTI file are looked at before ITK reads them: it takes a truncated
-file without complaint, leaving the missing voxels to chance, and makes zeros of values that are not
-finite. A MetaImage file must hold its own pixels: one that points at another file could point
-anywhere. Files are written beside their place and renamed, so that a file of that name is always
-whole.
+A file is looked at before ITK reads it, so that one that is truncated, or whose header is absurd,
+is refused before memory is taken: see `headers`. A MetaImage file must hold its own pixels: one
+that points at another file could point anywhere. Files are written beside their place and renamed,
+so that a file of that name is always whole.
 """
 
 import dataclasses
-import gzip
-import math
 import os
-import re
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,16 +24,13 @@ from typing import Literal
 import numpy as np
 import SimpleITK
 
+from afl_jax.data import headers
 from afl_jax.errors import InputError
 from afl_jax.files import written_beside
 
 SimpleITK.ProcessObject.SetGlobalWarningDisplay(False)
 
 SUFFIXES = (".nii", ".nii.gz", ".mha")
-# Values (voxels times channels) that one file may hold: four gibibytes of float32. The largest
-# whole-body scans have a quarter of it.
-MAX_NUM_VALUES = 2**30
-
 Vector = tuple[float, float, float]
 Interpolation = Literal["linear", "nearest", "bspline"]
 
@@ -48,12 +40,6 @@ _INTERPOLATORS = {
     "bspline": SimpleITK.sitkBSpline,
 }
 _AXIS_ALIGNED = (1.0, 0.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 1.0)
-# A MetaImage header is a few hundred bytes of text before the pixels.
-_META_HEADER_BYTES = 65536
-# A NIfTI-1 header with its extension flag, after which ITK writes the voxels.
-_NIFTI_HEADER_BYTES = 352
-# The codes of float32 and float64.
-_NIFTI_FLOAT_TYPES = ("16", "64")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -109,7 +95,7 @@ def read_volume(path: str | os.PathLike) -> Volume:
 
     Raises:
       InputError: If the file is missing, of another kind, truncated or otherwise unreadable, not
-        three-dimensional, larger than ``MAX_NUM_VALUES``, or has values that are not finite.
+        three-dimensional, larger than `headers.MAX_NUM_VALUES`, or has values that are not finite.
     """
     path = Path(path)
     suffix = _suffix(path)
@@ -120,15 +106,18 @@ def read_volume(path: str | os.PathLike) -> Volume:
     try:
         if suffix == ".mha":
             _require_pixels_inside(path)
+            headers.check_meta(path)
+        elif not headers.check_nifti(path):
+            _require_finite(path, is_finite=False)
         reader.ReadImageInformation()
-        size = reader.GetSize()
-        _require_readable(path, size, reader.GetNumberOfComponents())
-        if suffix != ".mha":
-            _require_sound_voxels(path, reader)
+        _require_volume(path, reader.GetSize(), reader.GetNumberOfComponents())
         volume = _from_image(reader.Execute())
     except InputError:
         raise
-    except (RuntimeError, ValueError, OSError, EOFError, zlib.error, MemoryError) as error:
+    except (
+        *(RuntimeError, ValueError, KeyError, OverflowError, OSError, EOFError),
+        *(zlib.error, MemoryError),
+    ) as error:
         if "orthonormal" in str(error):
             raise InputError(
                 f"{path}: the axes of its affine must be at right angles, found them oblique to "
@@ -138,7 +127,7 @@ def read_volume(path: str | os.PathLike) -> Volume:
             f"{path}: cannot be read as an image; it may be truncated, damaged or of another "
             "kind: fetch it again."
         ) from error
-    _require_finite(path, volume.array)
+    _require_finite(path, is_finite=bool(np.all(np.isfinite(volume.array))))
     return volume
 
 
@@ -233,7 +222,7 @@ def write_volume(path: str | os.PathLike, volume: Volume) -> None:
             SimpleITK.WriteImage(_to_image(volume), str(partial), useCompression=suffix != ".nii")
             # ITK does not notice a disk that fills up: what was written is counted first.
             if suffix != ".mha":
-                _read_bytes(partial, _NIFTI_HEADER_BYTES + volume.array.nbytes)
+                headers.read_bytes(partial, headers.NIFTI_HEADER_BYTES + volume.array.nbytes)
     except (RuntimeError, OSError, EOFError) as error:
         raise InputError(
             f"{path}: cannot be written; check its permissions and that the disk has room."
@@ -350,57 +339,25 @@ def _suffix(path: Path) -> str:
     raise InputError(f"{path}: not a volume that can be used; its name must end in {SUFFIXES}.")
 
 
-def _require_readable(path: Path, size: tuple[int, ...], num_components: int) -> None:
+def _require_volume(path: Path, size: tuple[int, ...], num_components: int) -> None:
     if len(size) + (num_components > 1) not in (3, 4) or len(size) < 3:
         raise InputError(
             f"{path}: expected a volume of 3 dimensions, or 4 with channels, found size {size} "
             f"with {num_components} values a voxel."
         )
-    num_values = num_components * math.prod(size)
-    if not 0 < num_values <= MAX_NUM_VALUES:
-        raise InputError(
-            f"{path}: the header claims size {size}, {num_values} values; "
-            f"between 1 and {MAX_NUM_VALUES} can be read. The header may be damaged."
-        )
 
 
 def _require_pixels_inside(path: Path) -> None:
-    with path.open("rb") as file:
-        header = file.read(_META_HEADER_BYTES)
-    data_file = re.search(rb"^ElementDataFile\s*=[ \t]*(\S+)", header, re.MULTILINE)
-    if data_file is None or data_file.group(1) != b"LOCAL":
-        found = "none" if data_file is None else data_file.group(1).decode(errors="replace")
+    if (found := headers.find_data_file(path)) != "LOCAL":
         raise InputError(
             f"{path}: expected a MetaImage file that holds its pixels (ElementDataFile = LOCAL), "
             f"found {found}; convert it to one file."
         )
 
 
-def _require_sound_voxels(path: Path, reader: SimpleITK.ImageFileReader) -> None:
-    """Refuses a NIfTI file whose voxels are not all there, or not all finite."""
-    num_values = math.prod(reader.GetSize()) * reader.GetNumberOfComponents()
-    num_bits = int(reader.GetMetaData("bitpix"))
-    voxels_begin = int(float(reader.GetMetaData("vox_offset")))
-    data = _read_bytes(path, voxels_begin + num_values * num_bits // 8)
-    if reader.GetMetaData("datatype") in _NIFTI_FLOAT_TYPES:
-        # The first field is the header's own size, below 2^16 in the right byte order.
-        order = "<" if int.from_bytes(data[:4], "little") < 2**16 else ">"
-        _require_finite(path, np.frombuffer(data, f"{order}f{num_bits // 8}", offset=voxels_begin))
-
-
-def _require_finite(path: Path, values: np.ndarray) -> None:
-    if not np.all(np.isfinite(values)):
+def _require_finite(path: Path, *, is_finite: bool) -> None:
+    if not is_finite:
         raise InputError(f"{path}: has voxels that are not finite; correct the image.")
-
-
-def _read_bytes(path: Path, num_bytes: int) -> bytes:
-    """The first bytes of a file, unpacked; EOFError if it has fewer, or a wrong checksum."""
-    with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
-        # One byte more reaches the end of a whole file, where gzip compares the checksum.
-        data = file.read(num_bytes + 1)[:num_bytes]
-    if len(data) < num_bytes:
-        raise EOFError(f"{num_bytes} bytes expected, {len(data)} found")
-    return data
 
 
 def _rounded(values: tuple[float, ...]) -> tuple[float, ...]:
