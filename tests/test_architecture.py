@@ -67,7 +67,7 @@ ALLOWED: dict[str, set[str]] = {
     "checkpoint": {"config"},
     "inference": set(),
     "files": set(),
-    "comparison": {"files"},
+    "comparison": set(),
     "reports": {"files"},
     "loop": {"checkpoint", "config", "metrics", "parallel", "reports"},
 }
