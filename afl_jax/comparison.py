@@ -62,9 +62,10 @@ def crossed_interval(
     seeds = rng.multinomial(num_seeds, np.full(num_seeds, 1 / num_seeds), num_resamples)
     cases = rng.multinomial(num_cases, np.full(num_cases, 1 / num_cases), num_resamples)
     totals = np.einsum("rs,sn,rn->r", seeds, values, cases, optimize=True)
-    means = totals / np.einsum("rs,sn,rn->r", seeds, defined, cases, optimize=True)
+    counts = np.einsum("rs,sn,rn->r", seeds, defined, cases, optimize=True)
+    means = totals[counts > 0] / counts[counts > 0]
     tail = (1 - confidence) / 2
-    low, high = np.nanquantile(means, [tail, 1 - tail])
+    low, high = np.quantile(means, [tail, 1 - tail])
     return float(low), float(high)
 
 

@@ -7,6 +7,8 @@ import tempfile
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
 jax.config.update("jax_num_cpu_devices", 8)
@@ -19,6 +21,14 @@ jax.config.update("jax_compilation_cache_dir", _CACHE)
 os.environ["AFL_JAX_COMPILATION_CACHE"] = "0"
 
 GOLDEN = Path(__file__).parent / "golden"
+
+
+def golden_case(golden: dict, name: str) -> tuple[jax.Array, jax.Array]:
+    """Of afl_loss.npz: channels-last float32 logits and the labels without their channel."""
+    shape = golden[f"labelshape_{name}"]
+    labels = np.unpackbits(golden[f"label_{name}"])[: np.prod(shape)].reshape(shape)[:, 0]
+    logits = np.moveaxis(golden[f"logits_{name}"].astype(np.float32), 1, -1)
+    return jnp.asarray(logits), jnp.asarray(labels)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

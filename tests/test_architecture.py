@@ -70,7 +70,7 @@ ALLOWED: dict[str, set[str]] = {
     "files": set(),
     "signals": set(),
     "fingerprint": set(),
-    "comparison": {"files"},
+    "comparison": set(),
     "reports": {"files"},
     "figures": {"files", "reports"},
     "evaluation": {"irregularity", "lesions", "metrics", "reports"},

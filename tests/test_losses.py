@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracles
 import pytest
-from conftest import GOLDEN
+from conftest import GOLDEN, golden_case
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.test_util import check_grads
@@ -395,14 +395,6 @@ def test_no_gradient_flows_to_the_labels(row, num_channels, rank):
 
 
 # --- the adaptive focal loss: the authors' numbers ---------------------------------------------
-
-
-def golden_case(golden: dict, name: str):
-    """Channels-last float32 logits and the labels without their channel."""
-    shape = golden[f"labelshape_{name}"]
-    labels = np.unpackbits(golden[f"label_{name}"])[: np.prod(shape)].reshape(shape)[:, 0]
-    logits = np.moveaxis(golden[f"logits_{name}"].astype(np.float32), 1, -1)
-    return jnp.asarray(logits), jnp.asarray(labels)
 
 
 @functools.partial(jax.jit, static_argnames=("balance",))

@@ -129,6 +129,33 @@ def test_microbatches_take_the_step_of_the_whole_batch():
             np.testing.assert_allclose(metrics[name], value, rtol=1e-6)
 
 
+def test_a_loss_gets_the_fields_that_it_asks_for():
+    """Each volume its own, also when the batch is taken in parts."""
+
+    def weighted_loss(logits, labels, *, voxel_mask, spacing):
+        return spacing[:, 0] * mean_square_loss(logits, labels, voxel_mask=voxel_mask)
+
+    state = linear_state(optax.sgd(0.1))
+    batch = make_batch() | {"spacing": np.arange(12, dtype=np.float32).reshape(4, 3)}
+    each = mean_square_loss(0.5 * batch["image"], batch["labels"], voxel_mask=batch["voxel_mask"])
+    expected = np.asarray(each) * [0, 3, 6, 9]
+    options = {"loss_fn": weighted_loss, "loss_fields": ("spacing",)}
+    for num_microbatches in (1, 2):
+        _, metrics = training.train_step(
+            state, batch, jax.random.key(0), num_microbatches=num_microbatches, **options
+        )
+        np.testing.assert_allclose(metrics["loss"], expected.mean(), rtol=1e-5)
+    output = training.eval_step(
+        {"params": {"w": jnp.float32(0.5)}, "batch_stats": {}},
+        batch,
+        apply_fn=linear_apply,
+        predict_fn=lambda logits: (logits[..., 0] > 0.5).astype(jnp.int32),
+        counts_fn=lambda prediction, labels, *, voxel_mask: (prediction == labels).sum((1, 2, 3)),
+        **options,
+    )
+    np.testing.assert_allclose(output["loss"], expected, rtol=1e-5)
+
+
 def test_microbatches_must_divide_the_batch():
     with pytest.raises(ValueError, match="num_microbatches must divide the batch of 4, got 3"):
         training.train_step(
