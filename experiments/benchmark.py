@@ -11,6 +11,10 @@ the lowest and the highest. FLOPs are those of the network as written (native co
 XLA's cost analysis, the same for both; the peak is that of a product of two square matrices,
 measured here. Memory is what XLA plans for the step: state, batch and temporaries.
 
+The share that the loss has in a training step needs the step of its volume in the same run:
+``--setups picai brats``. What the forward pass keeps for the backward pass is counted, not
+measured: it can be told of any device, whatever runs this.
+
 It needs jax, flax, optax and numpy alone; PyTorch and MONAI for the peer
 (``pip install torch monai``), the whole of afl_jax for the input pipeline. Cost on two CPU cores
 with ``--peer torch``: about 15 minutes.
@@ -27,10 +31,12 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.extend.core import Literal
 
 from afl_jax import adaptive_focal_loss, create_model, parallel, training
 from afl_jax.models.zoo import BRATS_STRIDES, PICAI_STRIDES
@@ -68,7 +74,7 @@ SETUPS = {
     ),
 }
 LOSS_SHAPES = ((160, 128, 24), (224, 224, 144))
-SECTIONS = ("step", "loss", "pipeline")
+SECTIONS = ("step", "loss", "memory", "pipeline")
 
 Row = dict[str, str]
 Step = Callable[[], None]
@@ -83,6 +89,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         f"{peak / 1e9:.0f} GFLOP/s; medians of {options.rounds} rounds."
     ]
     print(parts[0], flush=True)
+    step_seconds: dict[tuple[int, ...], float] = {}
     for section in options.sections:
         if section == "step":
             rows = [
@@ -91,8 +98,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 for batch_size in options.batch_sizes or [SETUPS[name].batch_size]
                 for row in bench_network(name, batch_size, options=options, peak=peak)
             ]
+            step_seconds = {
+                SETUPS[row["network"]].spatial: float(row["seconds"])
+                for row in rows
+                if row["program"] == "training step" and row["batch"] == "1"
+            }
         elif section == "loss":
-            rows = [bench_loss(shape, options=options) for shape in LOSS_SHAPES]
+            rows = [
+                bench_loss(shape, step_s=step_seconds.get(shape), options=options)
+                for shape in LOSS_SHAPES
+            ]
+        elif section == "memory":
+            rows = [row for name in ("picai", "brats") for row in count_memory(name)]
         elif importlib.util.find_spec("grain") is None:
             print("input pipeline: left out, it needs the whole of afl_jax (grain).")
             continue
@@ -135,12 +152,8 @@ def bench_network(
         "case_index": np.arange(batch_size, dtype=np.int32),
     }
     create = functools.partial(
-        create_model,
-        f"resnet{setup.depth}_unet",
-        num_classes=2,
-        strides=setup.strides,
-        width=setup.width,
-        decoder_features=setup.decoder_features,
+        _create_model,
+        setup,
         dtype=jnp.bfloat16 if options.dtype == "bfloat16" else None,
         gradient_checkpointing=options.gradient_checkpointing,
     )
@@ -223,11 +236,14 @@ def bench_network(
     return rows
 
 
-def bench_loss(shape: tuple[int, int, int], *, options: argparse.Namespace) -> Row:
+def bench_loss(
+    shape: tuple[int, int, int], *, step_s: float | None, options: argparse.Namespace
+) -> Row:
     """The adaptive focal loss with its statistics, value and gradient.
 
     Args:
       shape: Voxels of the volume, with a ball of radius 12 as its lesion.
+      step_s: Seconds of a training step on such a volume, of which the loss is a part, if known.
       options: Of the command line.
 
     Returns:
@@ -250,8 +266,79 @@ def bench_loss(shape: tuple[int, int, int], *, options: argparse.Namespace) -> R
         "loss": "A-FL, value and gradient",
         "volume": " x ".join(map(str, shape)),
         "seconds": f"{np.median(seconds['loss']):.4f}",
+        "share of a step": f"{np.median(seconds['loss']) / step_s:.1%}" if step_s else "?",
     }
     return row | (compared(seconds["loss"], seconds["peer"]) if options.peer else {})
+
+
+def count_memory(name: str) -> list[Row]:
+    """What a training step of batch 1 keeps from its forward to its backward pass, on a GPU or TPU.
+
+    Gradient checkpointing computes one block at a time again: what that block keeps comes on top.
+
+    Args:
+      name: One of `SETUPS`.
+
+    Returns:
+      A row of a table for each dtype, with gradient checkpointing and without.
+    """
+    setup = SETUPS[name]
+    image = jax.ShapeDtypeStruct((1, *setup.spatial, setup.num_channels), jnp.float32)
+    labels = jax.ShapeDtypeStruct((1, *setup.spatial), jnp.uint8)
+    rows = []
+    for dtype in (jnp.float32, jnp.bfloat16):
+        for gradient_checkpointing in (False, True):
+            model = _create_model(setup, dtype=dtype, gradient_checkpointing=gradient_checkpointing)
+            variables = jax.eval_shape(model.init, jax.random.key(0), image)
+
+            def loss_fn(params, batch_stats, image, labels, model=model):
+                logits, _ = model.apply(
+                    {"params": params, "batch_stats": batch_stats},
+                    image,
+                    train=True,
+                    mutable=["batch_stats"],
+                )
+                return adaptive_focal_loss(logits, labels).mean()
+
+            params = variables["params"]
+            kept = count_residuals(loss_fn, params, variables["batch_stats"], image, labels)
+            # Parameters, their momentum and their gradient.
+            state = 3 * sum(4 * leaf.size for leaf in jax.tree.leaves(params))
+            rows.append(
+                {
+                    "network": name,
+                    "dtype": jnp.dtype(dtype).name,
+                    "gradient checkpointing": "yes" if gradient_checkpointing else "no",
+                    "kept for the backward pass, GB": f"{kept / 1e9:.2f}",
+                    "parameters, momentum, gradient, GB": f"{state / 1e9:.2f}",
+                }
+            )
+    return rows
+
+
+def count_residuals(fn: Callable[..., jax.Array], params: Any, *args: Any) -> int:
+    """Bytes of what a function computes and keeps for its gradient, its arguments not counted.
+
+    Args:
+      fn: Called as ``fn(params, *args)``; differentiated by its first argument.
+      params: A pytree of arrays, or of their shapes.
+      *args: More of them.
+
+    Returns:
+      Bytes.
+    """
+
+    def residuals(params: Any, *args: Any) -> Any:
+        return jax.vjp(lambda params: fn(params, *args), params)[1]
+
+    # Traced as for an accelerator; else what the CPU's branches keep would be counted as well.
+    def choose_default(*args: Any, cpu: Callable, default: Callable) -> Any:
+        return default(*args)
+
+    with mock.patch.object(jax.lax, "platform_dependent", choose_default):
+        jaxpr = jax.make_jaxpr(residuals)(params, *args).jaxpr
+    kept = {var for var in jaxpr.outvars if not isinstance(var, Literal)} - set(jaxpr.invars)
+    return sum(var.aval.size * var.aval.dtype.itemsize for var in kept)
 
 
 def bench_pipeline(*, options: argparse.Namespace) -> Row:
@@ -284,7 +371,8 @@ def bench_pipeline(*, options: argparse.Namespace) -> Row:
         seconds = alternate({"read": read}, options.rounds)["read"]
     return {
         "input pipeline": "phantom, " + " x ".join(map(str, shape)),
-        "prepared, volumes/s": f"{(num_cases + 1) / prepare_s:.1f}",
+        "prepared, cases/s": f"{(num_cases + 1) / prepare_s:.1f}",
+        "a case, s": f"{prepare_s / (num_cases + 1):.2f}",
         "read, volumes/s": f"{num_cases / np.median(seconds):.0f}",
     }
 
@@ -339,6 +427,17 @@ def count_flops(fn: Callable[..., Any], *args: Any) -> float | None:
     # Lowered for a GPU, the convolutions are as written; that needs no GPU.
     lowered = jax.jit(fn).trace(*args).lower(lowering_platforms=("cuda",))
     return (lowered.cost_analysis() or {}).get("flops")
+
+
+def _create_model(setup: Setup, **options: Any) -> Any:
+    return create_model(
+        f"resnet{setup.depth}_unet",
+        num_classes=2,
+        strides=setup.strides,
+        width=setup.width,
+        decoder_features=setup.decoder_features,
+        **options,
+    )
 
 
 def _read(batches: Any, count: int) -> None:

@@ -5,6 +5,7 @@ import importlib.util
 import re
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -41,19 +42,41 @@ def test_a_ratio_is_the_median_over_the_turns(benchmark):
 
 
 def test_the_loss_gives_a_row(benchmark):
-    row = benchmark.bench_loss((16, 16, 8), options=argparse.Namespace(rounds=1, peer=None))
+    options = argparse.Namespace(rounds=1, peer=None)
+    row = benchmark.bench_loss((16, 16, 8), step_s=1e3, options=options)
     assert row["volume"] == "16 x 16 x 8"
     assert float(row["seconds"]) > 0
+    assert row["share of a step"] == "0.0%"
+    assert benchmark.bench_loss((8, 8, 8), step_s=None, options=options)["share of a step"] == "?"
+
+
+def test_residuals_are_what_the_gradient_needs_beside_its_arguments(benchmark):
+    # d/dw sin(w x) y needs cos(w x) and the arguments; exp its own value.
+    for fn in (jnp.sin, jnp.exp):
+        loss = lambda w, x: (fn(w * x) * x).sum()  # noqa: B023, E731
+        assert benchmark.count_residuals(loss, jnp.ones(100), jnp.ones(100)) == 400
+
+
+def test_residuals_are_those_of_an_accelerator(benchmark):
+    def loss(w, x):
+        on_cpu = lambda w: jnp.sin(jnp.sin(w * x))  # noqa: E731
+        return jax.lax.platform_dependent(w, cpu=on_cpu, default=jnp.sin).sum()
+
+    assert benchmark.count_residuals(loss, jnp.ones(100), jnp.ones(100)) == 400
+    kept = jax.make_jaxpr(lambda w, x: jax.vjp(loss, w, x)[1])(jnp.ones(100), jnp.ones(100))
+    assert len(kept.jaxpr.outvars) > 1
 
 
 @pytest.mark.slow
 def test_the_script_writes_its_tables(benchmark, tmp_path, capsys):
     out = tmp_path / "benchmark.md"
     arguments = ["--setups", "small_phantom", "--rounds", "1", "--out", str(out)]
-    benchmark.main([*arguments, "--sections", "step", "pipeline"])
+    benchmark.main([*arguments, "--sections", "step", "memory", "pipeline"])
     text = out.read_text()
     assert re.search(r"\| small_phantom \| 4 \| 4 \| training step \| \d+\.\d+ \|", text)
-    assert re.search(r"\| phantom, 160 x 128 x 24 \| \d+\.\d \| \d+ \|", text)
+    assert re.search(r"\| phantom, 160 x 128 x 24 \| \d+\.\d \| \d+\.\d\d \| \d+ \|", text)
+    without, with_checkpointing = re.findall(r"\| brats \| bfloat16 \| \w+ \| (\d+\.\d\d) \|", text)
+    assert float(with_checkpointing) < float(without) / 3
     assert all(line in capsys.readouterr().out for line in text.splitlines()[:1])
 
 

@@ -58,14 +58,18 @@ CONVOLUTIONS = {
 
 
 @pytest.mark.parametrize(
-    ("name", "max_im2col_voxels", "avoid_ynnpack"),
-    [(name, 0, avoid) for name in CONVOLUTIONS for avoid in (True, False)]
+    ("name", "max_im2col_voxels", "avoid_ynnpack", "max_offset_channels"),
+    [(name, 0, True, 0) for name in CONVOLUTIONS]
+    + [(name, 0, False, 10**9) for name in CONVOLUTIONS]
     # 343 taps take long to compile one by one.
-    + [(name, 10**9, False) for name in CONVOLUTIONS if name != "first layer"],
+    + [(name, 10**9, False, 0) for name in CONVOLUTIONS if name != "first layer"],
 )
-def test_a_convolution_is_the_native_one(x64, monkeypatch, name, max_im2col_voxels, avoid_ynnpack):
+def test_a_convolution_is_the_native_one(
+    x64, monkeypatch, name, max_im2col_voxels, avoid_ynnpack, max_offset_channels
+):
     monkeypatch.setattr(blocks, "_MAX_IM2COL_VOXELS", max_im2col_voxels)
     monkeypatch.setattr(blocks, "_AVOID_YNNPACK", avoid_ynnpack)
+    monkeypatch.setattr(blocks, "_MAX_OFFSET_CHANNELS", max_offset_channels)
     spatial, taps, strides, c_in, c_out = CONVOLUTIONS[name]
     assert_same_function(
         lambda x, kernel: blocks.conv(x, kernel, strides=strides),
@@ -75,15 +79,29 @@ def test_a_convolution_is_the_native_one(x64, monkeypatch, name, max_im2col_voxe
     )
 
 
-def test_a_kernel_gradient_summed_over_slabs_is_the_native_one(x64, monkeypatch):
-    monkeypatch.setattr(blocks, "_MAX_IM2COL_VOXELS", 0)
-    # A slice of this volume takes 5 * 4 * (9 * 2 + 3 * 3) * 8 = 4320 bytes: two fit, of six.
-    monkeypatch.setattr(blocks, "_SLAB_BYTES", 2 * 4320)
+# A slice of the volume below takes 5 * 4 * (9 * 2 + 3 * 3) * 8 = 4320 bytes: two fit, of six. Its
+# grid of 2 * 7 * 6 * 5 voxels and a margin makes 5 chunks of 100.
+@pytest.mark.parametrize(
+    "formulation",
+    [
+        {"_MAX_OFFSET_CHANNELS": 0, "_SLAB_BYTES": 2 * 4320},
+        {"_MAX_OFFSET_CHANNELS": 6, "_OFFSET_CHUNK": 100},
+    ],
+    ids=["slabs", "offsets"],
+)
+@pytest.mark.parametrize("padding", [((1, 1),) * 3, ((0, 2), (2, 1), (1, 0))])
+def test_a_kernel_gradient_summed_over_parts_is_the_native_one(
+    x64, monkeypatch, formulation, padding
+):
+    for name, value in formulation.items():
+        monkeypatch.setattr(blocks, name, value)
     x, kernel = random(0, 2, 6, 5, 4, 2), random(1, 3, 3, 3, 2, 3)
-    conv = lambda x, kernel: blocks.conv(x, kernel, strides=(1, 1, 1))  # noqa: E731
-    native = lambda x, kernel: native_conv(x, kernel, strides=(1, 1, 1))  # noqa: E731
+    conv = lambda x, kernel: blocks._conv_unit(x, kernel, padding)  # noqa: E731
+    native = lambda x, kernel: blocks._conv_native(  # noqa: E731
+        x, kernel, strides=(1, 1, 1), padding=padding
+    )
     of_one_volume = jax.grad(lambda kernel: conv(x[:1], kernel).sum())
-    assert " scan[" in str(jax.make_jaxpr(of_one_volume)(kernel)), "there is only one slab"
+    assert " scan[" in str(jax.make_jaxpr(of_one_volume)(kernel)), "there is only one part"
     assert_same_function(conv, native, x, kernel)
 
 

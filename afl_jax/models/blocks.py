@@ -13,6 +13,7 @@ import functools
 import itertools
 import math
 import platform
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -264,6 +265,8 @@ def _conv_native(x: jax.Array, kernel: jax.Array, *, strides: Ints, padding: Pad
 _MAX_IM2COL_VOXELS = 400
 _MAX_PHASE_KERNEL = 128 * 64
 _SLAB_BYTES = 3 * 2**20
+_MAX_OFFSET_CHANNELS = 16 * 16
+_OFFSET_CHUNK = 4096
 
 
 # On x86, Eigen computes these convolutions in less time than YNNPACK, to which XLA would give them:
@@ -397,13 +400,17 @@ def _conv_unit_backward(padding, residuals, dy):
         (k - 1 - low, k - 1 - high) for k, (low, high) in zip(taps, padding, strict=True)
     )
     dx = _conv_unit(dy, transposed, opposite)
-    return dx, _kernel_gradient(x, dy, taps=taps, padding=padding)
+    few_channels = kernel.shape[-1] * kernel.shape[-2] <= _MAX_OFFSET_CHANNELS
+    kernel_gradient = _kernel_gradient_by_offsets if few_channels else _kernel_gradient_by_slabs
+    return dx, kernel_gradient(x, dy, taps=taps, padding=padding)
 
 
 _conv_unit.defvjp(_conv_unit_forward, _conv_unit_backward)
 
 
-def _kernel_gradient(x: jax.Array, dy: jax.Array, *, taps: Ints, padding: Padding) -> jax.Array:
+def _kernel_gradient_by_slabs(
+    x: jax.Array, dy: jax.Array, *, taps: Ints, padding: Padding
+) -> jax.Array:
     """Gradient of `_conv_unit` to its kernel: products of x and dy, summed slab by slab.
 
     The taps of the last axis are gathered on x and those of the first on dy, a few slices of the
@@ -447,11 +454,59 @@ def _kernel_gradient(x: jax.Array, dy: jax.Array, *, taps: Ints, padding: Paddin
             ]
         )
 
-    total = slab_products(0)
-    if (num_products := batch // samples * slabs) > 1:
-        add_slab = lambda n, total: total + slab_products(n)  # noqa: E731
-        total = lax.fori_loop(1, num_products, add_slab, total)
+    total = _sum_over(batch // samples * slabs, slab_products)
     return total.reshape(middle, k, c_out, last, c_in).transpose(1, 0, 3, 4, 2)
+
+
+def _kernel_gradient_by_offsets(
+    x: jax.Array, dy: jax.Array, *, taps: Ints, padding: Padding
+) -> jax.Array:
+    """`_kernel_gradient_by_slabs` for few channels, of which gathering taps makes short copies.
+
+    With the channels first and x and dy on one grid, a tap is an offset between their voxels'
+    numbers. The grid holds one margin an axis: behind the end of a row lies the start of the next.
+    """
+    c_in, c_out = x.shape[-1], dy.shape[-1]
+    k, middle, last = taps
+    grid = [n + max(pad) for n, pad in zip(x.shape[1:-1], padding, strict=True)]
+    row = grid[2]
+    step = grid[1] * row
+    offsets = [i * row + j for i in range(middle) for j in range(last)]
+    lead = (k - 1) * step
+    num_voxels = x.shape[0] * math.prod(grid)
+    chunks = -(-(num_voxels + lead) // _OFFSET_CHUNK)
+    size = -(-(num_voxels + lead) // chunks)
+
+    def voxels_last(a: jax.Array, lows: Ints, before: int) -> jax.Array:
+        # The barrier keeps the transposition by itself, which is faster than one with padding.
+        channels, zero = a.shape[-1], jnp.zeros((), a.dtype)
+        pads = [(low, n - m - low, 0) for low, m, n in zip(lows, a.shape[1:-1], grid, strict=True)]
+        rows = lax.optimization_barrier(a.reshape(-1, channels).T).reshape(channels, *a.shape[:-1])
+        rows = lax.pad(rows, zero, [(0, 0, 0), (0, 0, 0), *pads]).reshape(channels, num_voxels)
+        return jnp.pad(rows, ((0, 0), (before, chunks * size + offsets[-1] - num_voxels)))
+
+    x = voxels_last(x, tuple(low for low, _ in padding), 0)
+    dy = voxels_last(dy, (0, 0, 0), lead)
+
+    def chunk_products(n: int | jax.Array) -> jax.Array:
+        xs = lax.dynamic_slice_in_dim(x, n * size, size + offsets[-1], axis=1)
+        dys = lax.dynamic_slice_in_dim(dy, n * size, size + lead, axis=1)
+        dys = jnp.concatenate([dys[:, lead - t * step :][:, :size] for t in range(k)])
+        over_voxels = (((1,), (1,)), ((), ()))
+        return jnp.stack(
+            [lax.dot_general(dys, xs[:, start : start + size], over_voxels) for start in offsets]
+        )
+
+    total = _sum_over(chunks, chunk_products)
+    return total.reshape(middle, last, k, c_out, c_in).transpose(2, 0, 1, 4, 3)
+
+
+def _sum_over(count: int, fn: Callable[[int | jax.Array], jax.Array]) -> jax.Array:
+    """``fn(0) + ... + fn(count - 1)``."""
+    total = fn(0)
+    if count == 1:
+        return total
+    return lax.fori_loop(1, count, lambda n, total: total + fn(n), total)
 
 
 def _largest_divisor(number: int, bound: int) -> int:
