@@ -131,16 +131,20 @@ def _with_default(
     return wrapped
 
 
+def report_unraisable(unraisable: Any) -> None:
+    """Reports an exception of another thread, as Python does, unless it says nothing.
+
+    Args:
+        unraisable: As ``sys.unraisablehook`` has it.
+    """
+    # What is left of reading a damaged checkpoint, in a thread of its storage.
+    if "Event loop is closed" not in str(unraisable.exc_value):
+        sys.__unraisablehook__(unraisable)
+
+
 def run() -> None:
     """Entry point of the console script."""
     # Names of files that are not of the terminal's encoding are printed as escapes.
     sys.stdout.reconfigure(errors="backslashreplace")
-    report = sys.unraisablehook
-
-    def report_others(unraisable: Any) -> None:
-        # What is left of reading a damaged checkpoint, in a thread of its storage.
-        if "Event loop is closed" not in str(unraisable.exc_value):
-            report(unraisable)
-
-    sys.unraisablehook = report_others
+    sys.unraisablehook = report_unraisable
     sys.exit(main(sys.argv[1:]))

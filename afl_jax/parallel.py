@@ -32,9 +32,9 @@ _MAX_WAIT_SECONDS = 7 * 24 * 3600
 _LAST_WORDS = """
 import sys
 if sys.stdin.read() != "done":
-    print("afl-jax: error: process {} of {} ended in the middle of its work: it was killed, or "
-          "JAX ended it since another process is gone; go on from the last checkpoint with "
-          "--resume.".format(*sys.argv[1:]), file=sys.stderr)
+    print("afl-jax: error: this process ended in the middle of its work: it was killed, or JAX "
+          "ended it since another process of the run is gone, or never came; go on from the last "
+          "checkpoint with --resume.", file=sys.stderr)
 """
 
 
@@ -50,7 +50,7 @@ def start_processes() -> Callable[[], None]:
       To be called when the work of this process is done.
 
     Raises:
-      InputError: If the environment does not say who takes part, or a process is missing.
+      InputError: If the environment does not say who takes part.
     """
     numbers = {}
     for option, variable in (
@@ -64,20 +64,10 @@ def start_processes() -> Callable[[], None]:
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     # JAX would take SIGTERM for itself; `signals` handles it.
     jax.config.update("jax_enable_preemption_service", False)
-    try:
-        jax.distributed.initialize(**numbers, heartbeat_timeout_seconds=_HEARTBEAT_SECONDS)
-    except (RuntimeError, TypeError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise InputError(
-            f"--distributed: the processes of the run cannot be joined ({reason}): start it by a "
-            "cluster's launcher, or set JAX_COORDINATOR_ADDRESS to host:port of process 0, "
-            "JAX_NUM_PROCESSES and JAX_PROCESS_ID."
-        ) from error
     # JAX ends a process that others have left from a thread of its own, with a stack trace of C++:
     # what that means can be said from outside only.
-    names = [str(jax.process_index()), str(jax.process_count())]
     speaker = subprocess.Popen(
-        [sys.executable, "-S", "-c", _LAST_WORDS, *names],
+        [sys.executable, "-S", "-c", _LAST_WORDS],
         stdin=subprocess.PIPE,
         text=True,
         start_new_session=True,
@@ -86,6 +76,16 @@ def start_processes() -> Callable[[], None]:
     def say_goodbye() -> None:
         speaker.communicate("done")
 
+    try:
+        jax.distributed.initialize(**numbers, heartbeat_timeout_seconds=_HEARTBEAT_SECONDS)
+    except (RuntimeError, TypeError, ValueError) as error:
+        say_goodbye()
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(
+            f"--distributed: the processes of the run cannot be joined ({reason}): start it by a "
+            "cluster's launcher, or set JAX_COORDINATOR_ADDRESS to host:port of process 0, "
+            "JAX_NUM_PROCESSES and JAX_PROCESS_ID."
+        ) from error
     return say_goodbye
 
 

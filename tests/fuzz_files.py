@@ -25,6 +25,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
+from afl_jax.cli import report_unraisable
 from afl_jax.config import Config, check_config, read_config, to_json
 from afl_jax.data.folder import list_folder_cases, read_dataset_json
 from afl_jax.data.volume import Volume, read_volume, write_volume
@@ -358,4 +359,5 @@ def fuzz(kind: str, count: int, folder: Path) -> dict[str, Any]:
 
 if __name__ == "__main__":
     count, folder, *kinds = sys.argv[1:]
+    sys.unraisablehook = report_unraisable  # As the command line does.
     print(json.dumps({kind: fuzz(kind, int(count), Path(folder, kind)) for kind in kinds}))
