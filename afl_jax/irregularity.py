@@ -82,7 +82,7 @@ def _irregularity(mask: jax.Array, spacing: jax.Array) -> jax.Array:
     area = factor * jnp.sum(weights * _changes(mask) * voxel / steps)
     areas_of_balls = _area_of_ball(component_sizes(mask) * voxel, steps, weights, mask.ndim)
     balls = jnp.sum(areas_of_balls)
-    return jnp.maximum(jnp.where(balls > 0, area / jnp.where(balls > 0, balls, 1.0), 1.0) - 1, 0.0)
+    return jnp.maximum(area / jnp.where(balls > 0, balls, 1.0) - 1, 0.0)
 
 
 def _offsets(num_axes: int) -> NDArray[np.int_]:
