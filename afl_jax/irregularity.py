@@ -32,8 +32,9 @@ from numpy.typing import NDArray
 from afl_jax.distance import spacing_or_ones
 from afl_jax.statistics import foreground_and_valid
 
-# Points on half a sphere, or half a circle, that measure the share of each direction.
-_NUM_POINTS = 1000
+# Directions that measure the share of each step: on half a circle, and on half a sphere, where each
+# stands for the 24 that swapping and turning the axes makes of it.
+_NUM_POINTS_2D, _NUM_POINTS_3D = 1000, 100
 
 
 def surface_irregularity(
@@ -81,7 +82,7 @@ def _irregularity(mask: jax.Array, spacing: jax.Array) -> jax.Array:
     area = factor * jnp.sum(weights * _changes(mask) * voxel / steps)
     areas_of_balls = _area_of_ball(component_sizes(mask) * voxel, steps, weights, mask.ndim)
     balls = jnp.sum(areas_of_balls)
-    return jnp.maximum(jnp.where(balls > 0, area / jnp.where(balls > 0, balls, 1.0), 1.0) - 1, 0.0)
+    return jnp.maximum(area / jnp.where(balls > 0, balls, 1.0) - 1, 0.0)
 
 
 def _offsets(num_axes: int) -> NDArray[np.int_]:
@@ -101,15 +102,21 @@ def _directions(spacing: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def _points(num_axes: int) -> NDArray[np.float32]:
-    """Evenly spread directions: on half a circle, or on half a sphere as a Fibonacci lattice."""
-    share = (np.arange(_NUM_POINTS) + 0.5) / _NUM_POINTS
+    """Evenly spread directions, the same after a flip or a swap of axes."""
     if num_axes == 2:
-        angle = math.pi * share
+        angle = math.pi * (np.arange(_NUM_POINTS_2D) + 0.5) / _NUM_POINTS_2D
         return np.stack([np.cos(angle), np.sin(angle)], axis=1).astype(np.float32)
-    angle = math.pi * (1 + math.sqrt(5)) * np.arange(_NUM_POINTS)
-    radius = np.sqrt(1 - share**2)
-    points = [radius * np.cos(angle), radius * np.sin(angle), share]
-    return np.stack(points, axis=1).astype(np.float32)
+    # A Fibonacci lattice, whose rows are x, y, z, and its images.
+    height = (np.arange(_NUM_POINTS_3D) + 0.5) / _NUM_POINTS_3D
+    angle = math.pi * (1 + math.sqrt(5)) * np.arange(_NUM_POINTS_3D)
+    radius = np.sqrt(1 - height**2)
+    lattice = np.stack([radius * np.cos(angle), radius * np.sin(angle), height])
+    images = [
+        lattice[list(order)] * np.array([[1.0], [sign_y], [sign_z]])
+        for order in itertools.permutations(range(3))
+        for sign_y, sign_z in itertools.product((1, -1), repeat=2)
+    ]
+    return np.concatenate(images, axis=1).T.astype(np.float32)
 
 
 def _changes(mask: jax.Array) -> jax.Array:

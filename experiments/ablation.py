@@ -26,7 +26,7 @@ REFERENCE = "volume"
 FORMS = {
     # As published: the formula, balanced by voxel, and the authors' code.
     "volume": _form(balance="volume"),
-    "voxel": _form(balance="voxel"),
+    "voxel": LossConfig(name="adaptive_focal"),
     "channel": _form(balance="channel"),
     # The paper's ablation: one of the two fixed.
     "volume_gamma_0": _form(balance="volume", gamma=0.0),

@@ -50,11 +50,18 @@ DEFAULT = (
     *("adaptive_focal", "adaptive_focal_volume", "irregularity_focal", "cross_entropy", "focal"),
     *("dice", "iou", "tversky", "dice_cross_entropy", "dice_focal"),
 )
-# A narrow network learns in few steps at this rate.
-_SHORT = {"optimizer": OptimizerConfig(learning_rate=1e-2), "num_epochs": 10, "eval_every": 10}
+# A rate at which a narrow network learns in few steps.
+_OPTIMIZER = OptimizerConfig(learning_rate=1e-2)
 DATASETS: dict[Dataset, Config] = {
-    "phantom": Config(data=DataConfig(shape=(32, 32, 8), num_train=160, num_val=100), **_SHORT),
-    "hippocampus": dataclasses.replace(msd_hippocampus.ADAPTIVE_FOCAL, **_SHORT),
+    "phantom": Config(
+        data=DataConfig(shape=(32, 32, 8), num_train=160, num_val=100),
+        optimizer=_OPTIMIZER,
+        num_epochs=10,
+        eval_every=10,
+    ),
+    "hippocampus": dataclasses.replace(
+        msd_hippocampus.ADAPTIVE_FOCAL, optimizer=_OPTIMIZER, num_epochs=4, eval_every=4
+    ),
     "picai2022": PRESETS["picai2022"],
     "brats2018": PRESETS["brats2018"],
 }

@@ -1,4 +1,9 @@
-"""The tables and the figure of a comparison, which follow from its cells alone."""
+"""The tables and the figure of a comparison, which follow from its cells alone.
+
+Dice, IoU and lesion F1 are of the cases that have a lesion, the same for every loss: a case without
+one has a Dice of 0 or none at all, as a loss claims something there or nothing. What is claimed in
+vain shows in the specificity and the false positives, which are of all cases.
+"""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -17,6 +22,7 @@ METRICS = {
     "sensitivity": "sensitivity",
     "specificity": "specificity",
     "lesion_f1": "lesion F1",
+    "false_positives": "lesions in vain",
 }
 _VOLUME, _SURFACE = "lesion volume", "boundary irregularity"
 _THIRDS = {_VOLUME: ("small", "medium", "large"), _SURFACE: ("smooth", "medium", "irregular")}
@@ -68,14 +74,24 @@ def _values(seeds: Sequence[Sequence[loop.Row]], metric: str) -> NDArray[np.floa
 
 
 def _metric(row: loop.Row, metric: str) -> float:
+    if metric == "false_positives":
+        return row["lesion_fp"]
+    if metric == "specificity":
+        return row[metric]
+    if not _has_lesion(row):
+        return math.nan
     if metric != "lesion_f1":
         return row[metric]
     counts = (int(row[f"lesion_{name}"]) for name in lesions.LesionCounts._fields)
     return lesions.lesion_f1(lesions.LesionCounts(*counts))
 
 
+def _has_lesion(row: loop.Row) -> bool:
+    return not math.isnan(row["irregularity"])
+
+
 def _volume(row: loop.Row) -> float:
-    return row["lesion_volume_mm3"] or math.nan
+    return row["lesion_volume_mm3"] if _has_lesion(row) else math.nan
 
 
 def _irregularity(rows: Sequence[loop.Row]) -> list[float]:
@@ -205,7 +221,7 @@ def _draw(table: Sequence[loop.Row], by_third: Sequence[loop.Row], path: Path) -
     figure = Figure(
         figsize=(11, 1.4 + 0.32 * len(names)), dpi=150, facecolor="white", layout="constrained"
     )
-    panels = figure.subplots(1, 3, sharey=True)
+    panels = figure.subplots(1, 3, sharex=True, sharey=True)
     for row in table:
         y = place[row["loss"]]
         panels[0].plot([row["dice_low"], row["dice_high"]], [y, y], color="#0072B2", linewidth=2)
@@ -218,11 +234,19 @@ def _draw(table: Sequence[loop.Row], by_third: Sequence[loop.Row], path: Path) -
             ends = [[row["dice_low"], row["dice_high"]] for row in rows]
             axes.plot(np.transpose(ends), [ys, ys], color=colour, linewidth=1)
             axes.plot([row["dice"] for row in rows], ys, "o", color=colour, ms=4, label=third)
-        axes.set_title(f"by {kind}", loc="left", fontsize=11)
-        axes.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(0, -0.1), ncols=3)
-    panels[0].set_title("all cases", loc="left", fontsize=11)
+        axes.set_title(f"by {kind}", loc="left", fontsize=11, pad=20)
+        axes.legend(
+            frameon=False,
+            fontsize=8,
+            loc="lower left",
+            bbox_to_anchor=(-0.02, 0.98),
+            ncols=3,
+            handletextpad=0.1,
+        )
+    panels[0].set_title("all cases with a lesion", loc="left", fontsize=11, pad=20)
     panels[0].set_yticks([place[name] for name in names], names)
     for axes in panels:
+        axes.set_xlim(0, 1)
         axes.set_xlabel("Dice")
         axes.grid(axis="x", alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)

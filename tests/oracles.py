@@ -54,18 +54,26 @@ def surface_irregularity(mask: np.ndarray, *, spacing: tuple[float, ...] | None 
     """Crofton's area over that of balls of the components' volumes, less 1."""
     num_axes = mask.ndim
     spacing = np.ones(num_axes) if spacing is None else np.asarray(spacing, float)
-    i = np.arange(1000)
-    height = (i + 0.5) / 1000
-    angle = math.pi * height if num_axes == 2 else math.pi * (1 + math.sqrt(5)) * i
-    ring = np.ones(1000) if num_axes == 2 else np.sqrt(1 - height**2)
-    points = np.stack([ring * np.cos(angle), ring * np.sin(angle), height][:num_axes], axis=1)
+    if num_axes == 2:
+        points = [(math.cos(a), math.sin(a)) for a in math.pi * (np.arange(1000) + 0.5) / 1000]
+    else:
+        points = []
+        for i in range(100):
+            height, angle = (i + 0.5) / 100, math.pi * (1 + math.sqrt(5)) * i
+            ring = math.sqrt(1 - height**2)
+            for order in itertools.permutations(
+                (ring * math.cos(angle), ring * math.sin(angle), height)
+            ):
+                for signs in itertools.product((1, -1), repeat=3):
+                    points.append(np.multiply(order, signs))
+    points = np.array(points)
 
     steps = [
         np.array(s) for s in itertools.product((-1, 0, 1), repeat=num_axes) if s > (0,) * num_axes
     ]
     steps_mm = [step * spacing for step in steps]
     cosines = [abs(points @ step) / np.linalg.norm(step) for step in steps_mm]
-    shares = np.bincount(np.argmax(cosines, axis=0), minlength=len(steps)) / 1000
+    shares = np.bincount(np.argmax(cosines, axis=0), minlength=len(steps)) / len(points)
     components, num_components = ndimage.label(mask, np.ones((3,) * num_axes))
     voxel = math.prod(spacing)
 
