@@ -166,24 +166,6 @@ def wins(values: Mapping[str, ArrayLike]) -> dict[str, float]:
     return dict(zip(values, shares.tolist(), strict=True))
 
 
-def terciles(property_of_case: ArrayLike) -> NDArray[np.int_]:
-    """Third of the cases in which each lies, by a property such as the volume of its lesions.
-
-    Args:
-        property_of_case: ``[N]``; NaN where a case has none.
-
-    Returns:
-        ``[N]``, 0 for the third with the smallest values, 1, 2; -1 for NaN.
-    """
-    values = np.asarray(property_of_case, np.float64)
-    third = np.full(values.shape, -1)
-    defined = np.flatnonzero(~np.isnan(values))
-    order = defined[np.argsort(values[defined], kind="stable")]
-    for number, part in enumerate(np.array_split(order, 3)):
-        third[part] = number
-    return third
-
-
 def mean_over_seeds(values: ArrayLike) -> NDArray[np.float64]:
     """Mean of each case over the seeds in which it is defined.
 

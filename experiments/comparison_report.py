@@ -49,8 +49,8 @@ def write_report(
     }
     first = next(iter(cells.values()))[0]
     thirds = {
-        _VOLUME: comparison.terciles([_volume(row) for row in first]),
-        _SURFACE: comparison.terciles(_irregularity(first)),
+        _VOLUME: reports.tercile_indices([_volume(row) for row in first]),
+        _SURFACE: reports.tercile_indices(_irregularity(first)),
     }
     table = _table(values, reference)
     by_third = _by_third(values, thirds, reference)

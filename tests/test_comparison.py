@@ -54,11 +54,6 @@ def test_ranks_and_wins_by_hand():
     assert comparison.wins(none) == {"a": 0.0, "b": 0.0}
 
 
-def test_terciles_by_hand():
-    assert comparison.terciles([5, NAN, 1, 3, 9, 7, 2]).tolist() == [1, -1, 0, 1, 2, 2, 0]
-    assert comparison.terciles([NAN]).tolist() == [-1]
-
-
 def test_mean_over_seeds_leaves_out_what_is_not_defined():
     means = comparison.mean_over_seeds([[1.0, NAN, NAN], [3.0, 4.0, NAN]])
     np.testing.assert_array_equal(means, [2.0, 4.0, NAN])
