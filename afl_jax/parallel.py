@@ -90,12 +90,20 @@ def start_processes() -> Callable[[], None]:
 
 
 def process_index() -> int:
-    """Number of this process; process 0 alone writes."""
+    """Which of the processes this is; process 0 alone writes.
+
+    Returns:
+      Its number.
+    """
     return jax.process_index()
 
 
 def process_count() -> int:
-    """How many processes the run has."""
+    """How many processes the run has.
+
+    Returns:
+      Their number.
+    """
     return jax.process_count()
 
 

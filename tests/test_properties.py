@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from afl_jax import adaptive_focal_loss, parallel, statistics
 from afl_jax.losses import focal_loss
 
-FEW = settings(max_examples=12, deadline=None, derandomize=True)
-MANY = settings(max_examples=300, deadline=None, derandomize=True)
+FEW = settings(max_examples=8, deadline=None, derandomize=True)
+MANY = settings(max_examples=60, deadline=None, derandomize=True)
 
 LOSSES = {
     "adaptive, voxel": adaptive_focal_loss,

@@ -59,7 +59,15 @@ def test_paths_of_a_data_set_cannot_leave_its_folder(name, key, tmp_path):
         list_folder_cases(source, read_dataset_json(source))
 
 
-@pytest.mark.parametrize("umask", [0o077, 0o022, 0o002], ids=["private", "usual", "group"])
+@pytest.mark.parametrize(
+    "umask",
+    [
+        0o077,
+        pytest.param(0o022, marks=pytest.mark.slow),
+        pytest.param(0o002, marks=pytest.mark.slow),
+    ],
+    ids=["private", "usual", "group"],
+)
 def test_files_are_created_with_the_umask_of_the_user(umask, tmp_path):
     """Of a whole run: prepared data, checkpoints, log, figures, masks."""
     program = "import os, sys; os.umask(int(sys.argv[1])); from afl_jax.cli import main; "
