@@ -6,7 +6,12 @@ Claims that it can refute: that gamma as published changes anything beside weigh
 (``volume`` against ``volume_gamma_0``); that the balance of the paper's code, ``channel``, learns
 at all; that region ``surface``, a scale, or our ``irregularity`` is better than what is published.
 Options, output and rules are those of `experiments.compare_losses`; the reference is ``volume``,
-the formula as the paper prints it. What came of it stands in the README.
+the formula as the paper prints it.
+
+Found, with 5 seeds on the phantom: a constant alpha of 0.7 (Dice 0.62) is better than the alphas
+that follow the size, by voxel (0.52) and by volume (0.35, where 2 of 5 seeds learn nothing), also
+for small and for irregular lesions; with the same alpha, a gamma that follows irregularity is worse
+(0.59) than the published one, which is nearly 0.
 """
 
 import sys

@@ -1,7 +1,9 @@
 """The paper's comparison: losses x seeds with one network, one budget and one order of the cases.
 
 Claim, of the paper: A-FL is ahead of focal, Dice, Dice-Focal and the others for small, irregular
-lesions. What came of it here stands in the README.
+lesions. Found, with 5 seeds on the phantom: the losses with a Dice term are ahead (0.68 to 0.72);
+A-FL by voxel (0.52) is ahead of focal (0.34) and of itself by volume (0.35), and finds the most
+lesions of all, small ones above all, at the price of marking too much. See the README.
 
     python -m experiments.compare_losses --out runs/losses
     python -m experiments.compare_losses --out runs/losses_hippocampus --dataset hippocampus \
