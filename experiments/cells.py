@@ -60,12 +60,15 @@ def run_cells(
         construct.create_loss(config.loss, num_classes=config.model.num_classes)
     for name, config in configs.items():
         path = out / "cells" / f"{name}.json"
-        if path.exists() and path.read_text(encoding="utf-8") != to_json(config):
+        # Where the data lie makes no other comparison.
+        data = dataclasses.replace(config.data, source=None, data_dir="")
+        text = to_json(dataclasses.replace(config, data=data))
+        if path.exists() and path.read_text(encoding="utf-8") != text:
             raise InputError(
                 f"{path} is of another comparison than this one: choose another --out."
             )
         path.parent.mkdir(parents=True, exist_ok=True)
-        reports.write_text(path, to_json(config))
+        reports.write_text(path, text)
     construct.prepare_data(base.data, Console())
     run = functools.partial(_run_column, num_seeds=num_seeds, out=out)
     if num_processes == 1:

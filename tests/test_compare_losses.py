@@ -51,12 +51,12 @@ def fake_rows(seed: int, *, better: float) -> list[dict]:
 
 @pytest.fixture
 def fake_training(monkeypatch):
-    """In place of training: rows from the seed; the name of each cell that is trained."""
-    trained = []
+    """In place of training: rows from the seed. Cells trained so far, and how many may be."""
+    trained, limit = [], [math.inf]
 
     def compile_cell(config, console):
         def train_cell(config, folder):
-            if len(trained) == fake_training_limit[0]:
+            if len(trained) == limit[0]:
                 raise KeyboardInterrupt
             trained.append(folder.name)
             folder.mkdir(parents=True)
@@ -64,10 +64,9 @@ def fake_training(monkeypatch):
 
         return train_cell
 
-    fake_training_limit = [math.inf]
     monkeypatch.setattr(cells, "_compile_cell", compile_cell)
     monkeypatch.setattr(cells.construct, "prepare_data", lambda *args: None)
-    return trained, fake_training_limit
+    return trained, limit
 
 
 def compare(out: Path, **changes) -> str:
@@ -94,6 +93,7 @@ def test_an_interrupted_comparison_goes_on_and_its_table_is_the_same(fake_traini
 
 def test_another_config_needs_another_folder(fake_training, tmp_path):
     compare(tmp_path)
+    compare(tmp_path, data=dataclasses.replace(tiny_config(tmp_path).data, data_dir="moved"))
     with pytest.raises(InputError, match=r"a\.json is of another comparison than this one"):
         compare(tmp_path, num_epochs=2)
 
