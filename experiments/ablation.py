@@ -11,7 +11,9 @@ the formula as the paper prints it.
 Found, with 5 seeds on the phantom: a constant alpha of 0.7 (Dice 0.62) is better than the alphas
 that follow the size, by voxel (0.52) and by volume (0.35, where 2 of 5 seeds learn nothing), also
 for small and for irregular lesions; with the same alpha, a gamma that follows irregularity is worse
-(0.59) than the published one, which is nearly 0.
+(0.59) than the published one, which is nearly 0. On the hippocampus, with 3 seeds of 96 steps,
+alpha 0.7 gives 0.81 twice and once nothing, irregularity 0.76 once and twice nothing, voxel always
+0.6 to 0.7: the weight that costs precision is also what makes a short run begin to learn.
 """
 
 import sys
