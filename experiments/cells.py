@@ -28,12 +28,12 @@ import numpy as np
 from rich.console import Console
 
 from afl_jax import lesions, loop, parallel, reports, training
-from afl_jax.checkpoint import CheckpointStore
+from afl_jax.checkpoint import CheckpointStore, EpochTotals
 from afl_jax.commands import construct
 from afl_jax.config import Config, LossConfig, check_config, to_json
-from afl_jax.data import augment
 from afl_jax.errors import InputError
 from afl_jax.irregularity import surface_irregularity
+from afl_jax.signals import StopRequest
 
 Columns = Mapping[str, LossConfig]
 
@@ -152,46 +152,19 @@ def _compile_cell(config: Config, console: Console) -> Callable[[Config, Path], 
     model = construct.create_model(config, axis_name=axis_name)
     optimizer = construct.create_optimizer(config, num_steps=num_steps)
     loss_fn = construct.create_loss(config.loss, num_classes=config.model.num_classes)
-    loss_fields = construct.loss_fields(loss_fn)
 
     @jax.jit
     def create_state(key: jax.Array) -> training.TrainState:
         image = jnp.zeros((1, *config.data.shape, builder.num_channels))
         return training.create_train_state(model.apply, model.init(key, image), optimizer)
 
-    train_step = parallel.compile_step(
-        functools.partial(
-            training.train_step,
-            loss_fn=loss_fn,
-            loss_fields=loss_fields,
-            augment_fn=functools.partial(
-                augment.augment,
-                patch_shape=config.data.patch_shape,
-                **dataclasses.asdict(config.augment),
-            ),
-            axis_name=axis_name,
-            num_microbatches=config.num_microbatches,
-        ),
-        devices,
-        donate_state=True,
-    )
-    eval_step = parallel.compile_step(
-        functools.partial(
-            training.eval_step,
-            apply_fn=model.apply,
-            loss_fn=loss_fn,
-            loss_fields=loss_fields,
-            predict_fn=construct.create_predict_fn(config),
-            counts_fn=functools.partial(construct.count, num_classes=config.model.num_classes),
-        ),
-        devices,
-    )
+    train_step, eval_step = construct.compile_steps(config, model, loss_fn=loss_fn, devices=devices)
 
     def train_cell(config: Config, folder: Path) -> list[loop.Row]:
         weights_key, augment_key = jax.random.split(jax.random.key(config.seed))
         state = create_state(weights_key)
         batches = construct.create_loader(builder, "train", config)
-        rows, history = [], []
+        rows, history, totals = [], [], EpochTotals()
 
         def evaluate(variables: Any) -> list[loop.Row]:
             cases = construct.create_loader(builder, split, config)
@@ -202,12 +175,12 @@ def _compile_cell(config: Config, console: Console) -> Callable[[Config, Path], 
         store = CheckpointStore(folder / "checkpoints")
         try:
             if not store.is_empty:
-                restored = store.restore(
-                    "latest", optimizer={"step": state.step, "opt_state": state.opt_state}
+                restored = store.restore_newest(
+                    optimizer={"step": state.step, "opt_state": state.opt_state}
                 )
                 state = state.replace(**restored.variables, **restored.optimizer)
                 batches.set_state(restored.iterator)
-                history = restored.history
+                history, totals = restored.history, restored.totals
             if len(history) == config.num_epochs:
                 return evaluate(parallel.replicate(state.variables, devices))
             loop.fit(
@@ -222,7 +195,9 @@ def _compile_cell(config: Config, console: Console) -> Callable[[Config, Path], 
                 store=store,
                 run_dir=folder,
                 console=Console(quiet=True),
+                stop=StopRequest(),
                 history=history,
+                totals=totals,
             )
         finally:
             store.close()

@@ -3,7 +3,7 @@
 import functools
 import inspect
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -16,7 +16,7 @@ from rich.console import Console
 
 from afl_jax import inference, loop, metrics, parallel, reports, statistics, training
 from afl_jax.config import Config, DataConfig, LossConfig
-from afl_jax.data import loader
+from afl_jax.data import augment, loader
 from afl_jax.errors import InputError, print_error
 from afl_jax.losses import LOSSES
 from afl_jax.models import zoo
@@ -152,6 +152,55 @@ def create_model(config: Config, *, axis_name: str | None = None) -> nn.Module:
         for shape in (config.data.shape, config.data.patch_shape or config.data.shape):
             zoo.check_image_shape((1, *shape, 1), strides=config.model.strides)
     return model
+
+
+def compile_steps(
+    config: Config,
+    model: nn.Module,
+    *,
+    loss_fn: Callable[..., jax.Array],
+    devices: Sequence[jax.Device],
+    across_processes: bool = False,
+) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """The training and the evaluation step, compiled for devices.
+
+    Args:
+        config: The run's.
+        model: From `create_model`, with the name of the devices' mapped axis.
+        loss_fn: From `create_loss`.
+        devices: From `parallel.select_devices`.
+        across_processes: Whether the training step averages over all processes.
+
+    Returns:
+        `training.train_step` and `training.eval_step`, see `parallel.compile_step`.
+    """
+    fields = loss_fields(loss_fn)
+    train_step = functools.partial(
+        training.train_step,
+        loss_fn=loss_fn,
+        loss_fields=fields,
+        augment_fn=functools.partial(
+            augment.augment, patch_shape=config.data.patch_shape, **asdict(config.augment)
+        ),
+        statistics_fn=loss_statistics,
+        axis_name=parallel.axis_name(devices),
+        num_microbatches=config.num_microbatches,
+        skip_non_finite=config.non_finite == "skip",
+    )
+    eval_step = functools.partial(
+        training.eval_step,
+        apply_fn=model.apply,
+        loss_fn=loss_fn,
+        loss_fields=fields,
+        predict_fn=create_predict_fn(config),
+        counts_fn=functools.partial(count, num_classes=config.model.num_classes),
+    )
+    return (
+        parallel.compile_step(
+            train_step, devices, donate_state=True, across_processes=across_processes
+        ),
+        parallel.compile_step(eval_step, devices),
+    )
 
 
 def create_optimizer(config: Config, *, num_steps: int) -> Any:

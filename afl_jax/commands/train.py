@@ -3,7 +3,6 @@
 import functools
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,7 +17,6 @@ from afl_jax.commands import construct
 from afl_jax.commands.distributed import run_distributed
 from afl_jax.commands.run_folder import check_run_folder, take_fingerprint
 from afl_jax.config import Config, check_config, to_json
-from afl_jax.data import augment
 from afl_jax.data.cases import Case
 from afl_jax.errors import InputError, print_error
 from afl_jax.fingerprint import describe_session
@@ -132,33 +130,8 @@ def _train(*, out: Path, config: Config, resume: bool, allow_changes: bool) -> i
         reports.write_json(out / "fingerprint.json", fingerprint)
         parallel.wait_for_all("damaged checkpoints are set aside")
 
-    train_step = parallel.compile_step(
-        functools.partial(
-            training.train_step,
-            loss_fn=loss_fn,
-            loss_fields=construct.loss_fields(loss_fn),
-            augment_fn=functools.partial(
-                augment.augment, patch_shape=config.data.patch_shape, **asdict(config.augment)
-            ),
-            statistics_fn=construct.loss_statistics,
-            axis_name=axis_name,
-            num_microbatches=config.num_microbatches,
-            skip_non_finite=config.non_finite == "skip",
-        ),
-        devices,
-        donate_state=True,
-        across_processes=True,
-    )
-    eval_step = parallel.compile_step(
-        functools.partial(
-            training.eval_step,
-            apply_fn=model.apply,
-            loss_fn=loss_fn,
-            loss_fields=construct.loss_fields(loss_fn),
-            predict_fn=construct.create_predict_fn(config),
-            counts_fn=functools.partial(construct.count, num_classes=config.model.num_classes),
-        ),
-        devices,
+    train_step, eval_step = construct.compile_steps(
+        config, model, loss_fn=loss_fn, devices=devices, across_processes=True
     )
 
     def validate(variables: Any, stop: StopRequest, *, shared: bool) -> list[loop.Row]:
