@@ -37,7 +37,7 @@ def test_runs_take_turns_after_one_of_each(benchmark):
 
 
 def test_a_ratio_is_the_median_over_the_turns(benchmark):
-    row = benchmark._compared(np.array([1.0, 2.0, 9.0]), np.array([2.0, 2.0, 3.0]))
+    row = benchmark.compared(np.array([1.0, 2.0, 9.0]), np.array([2.0, 2.0, 3.0]))
     assert row == {"PyTorch, s": "2", "ratio": "1.00 (0.50 to 3.00)"}
 
 

@@ -24,7 +24,13 @@ from typing import Literal
 import numpy as np
 import SimpleITK
 
-from afl_jax.data import headers
+from afl_jax.data.headers import (
+    NIFTI_HEADER_BYTES,
+    check_meta,
+    check_nifti,
+    find_data_file,
+    read_bytes,
+)
 from afl_jax.errors import InputError
 from afl_jax.files import written_beside
 
@@ -106,8 +112,8 @@ def read_volume(path: str | os.PathLike) -> Volume:
     try:
         if suffix == ".mha":
             _require_pixels_inside(path)
-            headers.check_meta(path)
-        elif not headers.check_nifti(path):
+            check_meta(path)
+        elif not check_nifti(path):
             _require_finite(path, is_finite=False)
         reader.ReadImageInformation()
         _require_volume(path, reader.GetSize(), reader.GetNumberOfComponents())
@@ -222,7 +228,7 @@ def write_volume(path: str | os.PathLike, volume: Volume) -> None:
             SimpleITK.WriteImage(_to_image(volume), str(partial), useCompression=suffix != ".nii")
             # ITK does not notice a disk that fills up: what was written is counted first.
             if suffix != ".mha":
-                headers.read_bytes(partial, headers.NIFTI_HEADER_BYTES + volume.array.nbytes)
+                read_bytes(partial, NIFTI_HEADER_BYTES + volume.array.nbytes)
     except (RuntimeError, OSError, EOFError) as error:
         raise InputError(
             f"{path}: cannot be written; check its permissions and that the disk has room."
@@ -348,7 +354,7 @@ def _require_volume(path: Path, size: tuple[int, ...], num_components: int) -> N
 
 
 def _require_pixels_inside(path: Path) -> None:
-    if (found := headers.find_data_file(path)) != "LOCAL":
+    if (found := find_data_file(path)) != "LOCAL":
         raise InputError(
             f"{path}: expected a MetaImage file that holds its pixels (ElementDataFile = LOCAL), "
             f"found {found}; convert it to one file."
