@@ -156,10 +156,10 @@ def test_a_name_cannot_write_control_characters_to_the_terminal(capsys):
 
 
 def test_a_dollar_in_a_name_is_no_formula_of_a_figure(tmp_path):
-    from afl_jax import reports
+    from afl_jax import figures
 
     plane = np.zeros((8, 8, 4), np.uint8)
-    case = reports.OverlayCase(
+    case = figures.OverlayCase(
         case_id="$x^$",
         image=plane[..., None].astype(np.float32),
         truth=plane,
@@ -167,5 +167,5 @@ def test_a_dollar_in_a_name_is_no_formula_of_a_figure(tmp_path):
         spacing=(1, 1, 1),
         dice=0.5,
     )
-    reports.overlay_figure([case], tmp_path / "overlay.png")
+    figures.overlay_figure([case], tmp_path / "overlay.png")
     assert (tmp_path / "overlay.png").exists()

@@ -275,7 +275,8 @@ def _open_folder(
     out.mkdir(parents=True, exist_ok=True)
     for folder in {file.parent for files in wanted.values() for file in files}:
         folder.mkdir(exist_ok=True)
-    reports.write_json(path, settings)
+    if before != settings:
+        reports.write_json(path, settings)
     return [mask for mask, files in wanted.items() if not all(file.exists() for file in files)]
 
 
