@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import gc
 import os
 import resource
 import shutil
@@ -13,9 +14,25 @@ import numpy as np
 import pytest
 from resumable_run import assert_same_run, command
 
+from afl_jax import cli
 from afl_jax.checkpoint import CheckpointStore
-from afl_jax.cli import main
 from afl_jax.data.volume import Volume, write_volume
+
+
+def main(arguments: list[str]) -> int:
+    """The program, during which nothing is collected of what an earlier one left behind.
+
+    CPython 3.11 fails to parse a source, as tyro does, if coroutines of orbax that failed are
+    finalised meanwhile (SystemError: AST constructor recursion depth mismatch). A program of its
+    own has none yet.
+    """
+    gc.collect()
+    gc.disable()
+    try:
+        return cli.main(arguments)
+    finally:
+        gc.enable()
+        gc.collect()
 
 
 @pytest.fixture
