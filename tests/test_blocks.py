@@ -79,23 +79,24 @@ def test_a_convolution_is_the_native_one(
     )
 
 
-# A slice of the volume below takes 5 * 4 * (9 * 2 + 3 * 3) * 8 = 4320 bytes: two fit, of six. Its
-# grid of 2 * 7 * 6 * 5 voxels and a margin makes 5 chunks of 100.
+# A slice of the volume below takes about 4 kB gathered, a voxel about 0.2 kB: parts of two slices,
+# of six, or of some hundred voxels, of 420.
 @pytest.mark.parametrize(
     "formulation",
     [
-        {"_MAX_OFFSET_CHANNELS": 0, "_SLAB_BYTES": 2 * 4320},
-        {"_MAX_OFFSET_CHANNELS": 6, "_OFFSET_CHUNK": 100},
+        {"_MAX_OFFSET_CHANNELS": 0, "_SLAB_BYTES": 8640},
+        {"_MAX_OFFSET_CHANNELS": 6, "_SLAB_BYTES": 21600},
     ],
     ids=["slabs", "offsets"],
 )
+@pytest.mark.parametrize("channels", [(2, 3), (3, 2)])
 @pytest.mark.parametrize("padding", [((1, 1),) * 3, ((0, 2), (2, 1), (1, 0))])
 def test_a_kernel_gradient_summed_over_parts_is_the_native_one(
-    x64, monkeypatch, formulation, padding
+    x64, monkeypatch, formulation, channels, padding
 ):
     for name, value in formulation.items():
         monkeypatch.setattr(blocks, name, value)
-    x, kernel = random(0, 2, 6, 5, 4, 2), random(1, 3, 3, 3, 2, 3)
+    x, kernel = random(0, 2, 6, 5, 4, channels[0]), random(1, 3, 3, 3, *channels)
     conv = lambda x, kernel: blocks._conv_unit(x, kernel, padding)  # noqa: E731
     native = lambda x, kernel: blocks._conv_native(  # noqa: E731
         x, kernel, strides=(1, 1, 1), padding=padding

@@ -266,7 +266,6 @@ _MAX_IM2COL_VOXELS = 400
 _MAX_PHASE_KERNEL = 128 * 64
 _SLAB_BYTES = 3 * 2**20
 _MAX_OFFSET_CHANNELS = 16 * 16
-_OFFSET_CHUNK = 4096
 
 
 # On x86, Eigen computes these convolutions in less time than YNNPACK, to which XLA would give them:
@@ -444,61 +443,74 @@ def _kernel_gradient_by_slabs(
         )
         num_voxels = samples * depth * slice_voxels
         shifted = shifted.reshape(num_voxels, -1)
-        over_voxels = (((0,), (0,)), ((), ()))
-        return jnp.stack(
-            [
-                lax.dot_general(
-                    shifted, columns[:, :, i : i + sizes[1]].reshape(num_voxels, -1), over_voxels
-                )
-                for i in range(middle)
-            ]
-        )
+        middles = [columns[:, :, i : i + sizes[1]].reshape(num_voxels, -1) for i in range(middle)]
+        # Eigen wants the narrower factor on the left.
+        if c_in < c_out:
+            return jnp.stack([_product_over_voxels(columns, shifted) for columns in middles])
+        return jnp.stack([_product_over_voxels(shifted, columns) for columns in middles])
 
     total = _sum_over(batch // samples * slabs, slab_products)
+    if c_in < c_out:
+        return total.reshape(middle, last, c_in, k, c_out).transpose(3, 0, 1, 2, 4)
     return total.reshape(middle, k, c_out, last, c_in).transpose(1, 0, 3, 4, 2)
 
 
 def _kernel_gradient_by_offsets(
     x: jax.Array, dy: jax.Array, *, taps: Ints, padding: Padding
 ) -> jax.Array:
-    """`_kernel_gradient_by_slabs` for few channels, of which gathering taps makes short copies.
+    """`_kernel_gradient_by_slabs` for few channels, where one product of all taps is still narrow.
 
-    With the channels first and x and dy on one grid, a tap is an offset between their voxels'
-    numbers. The grid holds one margin an axis: behind the end of a row lies the start of the next.
+    With x and dy on one grid, a tap is an offset between their voxels' numbers. The grid holds one
+    margin an axis: behind the end of a row lies the start of the next. A chunk gathers the taps of
+    the last axis on x, those of the first on dy, and those between on the one with fewer channels,
+    so that a single product has them all.
     """
     c_in, c_out = x.shape[-1], dy.shape[-1]
     k, middle, last = taps
     grid = [n + max(pad) for n, pad in zip(x.shape[1:-1], padding, strict=True)]
     row = grid[2]
     step = grid[1] * row
-    offsets = [i * row + j for i in range(middle) for j in range(last)]
-    lead = (k - 1) * step
-    num_voxels = x.shape[0] * math.prod(grid)
-    chunks = -(-(num_voxels + lead) // _OFFSET_CHUNK)
-    size = -(-(num_voxels + lead) // chunks)
+    firsts, middles, lasts = (
+        [tap * stride for tap in range(count)]
+        for count, stride in ((k, step), (middle, row), (last, 1))
+    )
+    between_on_x = middle * last * c_in + k * c_out < last * c_in + k * middle * c_out
+    if between_on_x:
+        lasts = [i + j for i in middles for j in lasts]
+    else:
+        firsts = [t + i for t in firsts for i in middles]
+    num_voxels = x.shape[0] * math.prod(grid) + firsts[-1]
+    voxel_bytes = x.dtype.itemsize * (len(lasts) * c_in + len(firsts) * c_out)
+    chunks = -(-num_voxels * voxel_bytes // _SLAB_BYTES)
+    size = -(-num_voxels // chunks)
 
-    def voxels_last(a: jax.Array, lows: Ints, before: int) -> jax.Array:
-        # The barrier keeps the transposition by itself, which is faster than one with padding.
-        channels, zero = a.shape[-1], jnp.zeros((), a.dtype)
+    def on_grid(a: jax.Array, lows: Ints, *, before: int, behind: int) -> jax.Array:
+        zero = jnp.zeros((), a.dtype)
         pads = [(low, n - m - low, 0) for low, m, n in zip(lows, a.shape[1:-1], grid, strict=True)]
-        rows = lax.optimization_barrier(a.reshape(-1, channels).T).reshape(channels, *a.shape[:-1])
-        rows = lax.pad(rows, zero, [(0, 0, 0), (0, 0, 0), *pads]).reshape(channels, num_voxels)
-        return jnp.pad(rows, ((0, 0), (before, chunks * size + offsets[-1] - num_voxels)))
+        # The barrier keeps the two paddings apart, which is faster than both in one.
+        rows = lax.optimization_barrier(lax.pad(a, zero, [(0, 0, 0), *pads, (0, 0, 0)]))
+        rows = rows.reshape(-1, a.shape[-1])
+        return jnp.pad(rows, ((before, chunks * size - rows.shape[0] + behind), (0, 0)))
 
-    x = voxels_last(x, tuple(low for low, _ in padding), 0)
-    dy = voxels_last(dy, (0, 0, 0), lead)
+    x = on_grid(x, tuple(low for low, _ in padding), before=0, behind=lasts[-1])
+    dy = on_grid(dy, (0, 0, 0), before=firsts[-1], behind=0)
 
-    def chunk_products(n: int | jax.Array) -> jax.Array:
-        xs = lax.dynamic_slice_in_dim(x, n * size, size + offsets[-1], axis=1)
-        dys = lax.dynamic_slice_in_dim(dy, n * size, size + lead, axis=1)
-        dys = jnp.concatenate([dys[:, lead - t * step :][:, :size] for t in range(k)])
-        over_voxels = (((1,), (1,)), ((), ()))
-        return jnp.stack(
-            [lax.dot_general(dys, xs[:, start : start + size], over_voxels) for start in offsets]
-        )
+    def chunk_product(n: int | jax.Array) -> jax.Array:
+        xs = lax.dynamic_slice_in_dim(x, n * size, size + lasts[-1])
+        dys = lax.dynamic_slice_in_dim(dy, n * size, size + firsts[-1])
+        columns = jnp.concatenate([xs[start:][:size] for start in lasts], axis=-1)
+        shifted = jnp.concatenate([dys[firsts[-1] - start :][:size] for start in firsts], axis=-1)
+        return _product_over_voxels(columns, shifted)
 
-    total = _sum_over(chunks, chunk_products)
-    return total.reshape(middle, last, k, c_out, c_in).transpose(2, 0, 1, 4, 3)
+    total = _sum_over(chunks, chunk_product)
+    if between_on_x:
+        return total.reshape(middle, last, c_in, k, c_out).transpose(3, 0, 1, 2, 4)
+    return total.reshape(last, c_in, k, middle, c_out).transpose(2, 3, 0, 1, 4)
+
+
+def _product_over_voxels(a: jax.Array, b: jax.Array) -> jax.Array:
+    """``[N, C]`` and ``[N, D]`` to ``[C, D]``."""
+    return lax.dot_general(a, b, (((0,), (0,)), ((), ())))
 
 
 def _sum_over(count: int, fn: Callable[[int | jax.Array], jax.Array]) -> jax.Array:
@@ -517,8 +529,8 @@ def _largest_divisor(number: int, bound: int) -> int:
 def _conv_of_upsampled(x: jax.Array, kernel: jax.Array, *, scale: Ints) -> jax.Array:
     """`conv(upsample_nearest(x), kernel)` for 3 taps an axis, computed at low resolution.
 
-    Along an axis, output voxel `scale * i + phase` reads voxels i - 1 and i (phase 0), or i and
-    i + 1 (the other phases): a kernel of 2 taps for each phase, whose weights are sums of the 3.
+    Along an axis, the `scale` output voxels that end at voxel `scale * i` read none but voxels
+    i - 1 and i: a kernel of 2 taps for each of these phases, whose weights are sums of the 3.
     """
     num_axes = len(scale)
     for axis, factor in enumerate(scale):
@@ -529,19 +541,17 @@ def _conv_of_upsampled(x: jax.Array, kernel: jax.Array, *, scale: Ints) -> jax.A
     kernel = kernel.reshape(*kernel.shape[: num_axes + 1], -1).astype(x.dtype)
     unit = (1,) * num_axes
     y = _conv_cpu(x, kernel, strides=unit, padding=((1, 1),) * num_axes)
+    # The barrier keeps the transposition by itself, which is faster than one with a sum.
+    y = lax.optimization_barrier(y)
+    blocks = y.shape[1:-1]
     y = y.reshape(*y.shape[:-1], *phases, c_out)
-    # Phase 0 starts at i - 1, the first window; the others at the second.
-    for axis, factor in enumerate(scale):
-        if factor > 1:
-            n, spatial, phase = x.shape[1 + axis], 1 + axis, 1 + num_axes + axis
-            first = lax.slice_in_dim(lax.slice_in_dim(y, 0, n, axis=spatial), 0, 1, axis=phase)
-            others = lax.slice_in_dim(y, 1, n + 1, axis=spatial)
-            others = lax.slice_in_dim(others, 1, factor, axis=phase)
-            y = jnp.concatenate([first, others], axis=phase)
     order = itertools.chain(*((axis, axis + num_axes) for axis in range(1, 1 + num_axes)))
     y = y.transpose(0, *order, y.ndim - 1)
-    sizes = [n * s for n, s in zip(x.shape[1:-1], scale, strict=True)]
-    return y.reshape(x.shape[0], *sizes, c_out)
+    y = y.reshape(x.shape[0], *(n * s for n, s in zip(blocks, scale, strict=True)), c_out)
+    # Block i holds the voxels scale * (i - 1) + 1 to scale * i.
+    starts = (0, *(s - 1 for s in scale), 0)
+    ends = (n * s + s - 1 for n, s in zip(x.shape[1:-1], scale, strict=True))
+    return lax.slice(y, starts, (x.shape[0], *ends, c_out))
 
 
 def _phase_weights(scale: int) -> np.ndarray:
@@ -550,6 +560,7 @@ def _phase_weights(scale: int) -> np.ndarray:
         return np.eye(3, dtype=np.float32)[None]
     weights = np.zeros((scale, 2, 3), np.float32)
     for phase, tap in itertools.product(range(scale), range(3)):
-        first = -1 if phase == 0 else 0
-        weights[phase, (phase + tap - 1) // scale - first, tap] = 1
+        # Voxels of the upsampled volume, numbered from the first of the earlier low-resolution one:
+        # the phases are the voxels 1 to `scale`, their taps one to either side.
+        weights[phase, (phase + tap) // scale, tap] = 1
     return weights
