@@ -51,6 +51,8 @@ CONVOLUTIONS = {
     "pointwise": ((3, 4, 5), (1, 1, 1), (1, 1, 1), 3, 4),
     "pointwise strided": ((5, 4, 7), (1, 1, 1), (2, 2, 3), 3, 4),
     "2D 3-wide": ((5, 8), (3, 3), (1, 1), 2, 3),
+    "few channels to many": ((5, 4, 6), (3, 3, 3), (1, 1, 1), 2, 16),
+    "few channels to many, strided": ((6, 4, 7), (3, 3, 3), (1, 2, 2), 1, 16),
     "2D stride 2": ((7, 8), (3, 3), (2, 2), 3, 4),
     "2D first layer": ((11, 8), (7, 7), (2, 2), 3, 4),
     "2D pointwise strided": ((5, 4), (1, 1), (2, 1), 3, 4),

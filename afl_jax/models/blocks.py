@@ -341,19 +341,26 @@ def _space_to_depth(x: jax.Array, block: Ints) -> jax.Array:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _conv_unit(x: jax.Array, kernel: jax.Array, padding: Padding) -> jax.Array:
-    """3D convolution of stride 1: the first axis joins the batch, its taps the output channels.
+    """3D convolution of stride 1: the first axis joins the batch, its taps the channels.
 
-    One 2D convolution computes all taps of the first axis; their outputs are then shifted
-    against each other and added.
+    The taps join the input channels, by gathering, where these are far fewer. Else they join the
+    output channels: the outputs of all taps are shifted against each other and added.
     """
-    batch, first = x.shape[:2]
+    batch, first, *others = x.shape[:-1]
     k, *taps, c_in, c_out = kernel.shape
     low, high = padding[0]
+    size = first + low + high - k + 1
+    if k > 1 and 4 * c_in <= c_out and c_out >= _MIN_FAST_CHANNELS:
+        x = jnp.pad(x, ((0, 0), (low, high), *((0, 0),) * 3))
+        x = jnp.concatenate([x[:, i : i + size] for i in range(k)], axis=-1)
+        kernel = jnp.moveaxis(kernel, 0, 2).reshape(*taps, k * c_in, c_out)
+        y = _conv_2d(x.reshape(batch * size, *others, k * c_in), kernel, padding[1:])
+        return y.reshape(batch, size, *y.shape[1:])
     kernel = jnp.moveaxis(kernel, 0, 3).reshape(*taps, c_in, k * c_out)
     channels = k * c_out
     if max(c_in, channels) < _MIN_FAST_CHANNELS:
         kernel = jnp.pad(kernel, [(0, 0)] * 3 + [(0, _MIN_FAST_CHANNELS - channels)])
-    y = _conv_2d(x.reshape(batch * first, *x.shape[2:]), kernel, padding[1:])
+    y = _conv_2d(x.reshape(batch * first, *others, c_in), kernel, padding[1:])
     y = y.reshape(batch, first, *y.shape[1:])
     zero = jnp.zeros((), y.dtype)
     rest = [(0, 0, 0)] * 3
@@ -487,9 +494,7 @@ def _kernel_gradient_by_offsets(
     def on_grid(a: jax.Array, lows: Ints, *, before: int, behind: int) -> jax.Array:
         zero = jnp.zeros((), a.dtype)
         pads = [(low, n - m - low, 0) for low, m, n in zip(lows, a.shape[1:-1], grid, strict=True)]
-        # The barrier keeps the two paddings apart, which is faster than both in one.
-        rows = lax.optimization_barrier(lax.pad(a, zero, [(0, 0, 0), *pads, (0, 0, 0)]))
-        rows = rows.reshape(-1, a.shape[-1])
+        rows = lax.pad(a, zero, [(0, 0, 0), *pads, (0, 0, 0)]).reshape(-1, a.shape[-1])
         return jnp.pad(rows, ((before, chunks * size - rows.shape[0] + behind), (0, 0)))
 
     x = on_grid(x, tuple(low for low, _ in padding), before=0, behind=lasts[-1])
@@ -541,8 +546,6 @@ def _conv_of_upsampled(x: jax.Array, kernel: jax.Array, *, scale: Ints) -> jax.A
     kernel = kernel.reshape(*kernel.shape[: num_axes + 1], -1).astype(x.dtype)
     unit = (1,) * num_axes
     y = _conv_cpu(x, kernel, strides=unit, padding=((1, 1),) * num_axes)
-    # The barrier keeps the transposition by itself, which is faster than one with a sum.
-    y = lax.optimization_barrier(y)
     blocks = y.shape[1:-1]
     y = y.reshape(*y.shape[:-1], *phases, c_out)
     order = itertools.chain(*((axis, axis + num_axes) for axis in range(1, 1 + num_axes)))
