@@ -469,8 +469,8 @@ def _kernel_gradient_by_offsets(
 
     With x and dy on one grid, a tap is an offset between their voxels' numbers. The grid holds one
     margin an axis: behind the end of a row lies the start of the next. A chunk gathers the taps of
-    the last axis on x, those of the first on dy, and those between on the one with fewer channels,
-    so that a single product has them all.
+    the last axis on x, those of the first on dy, and those between on the one that then has fewer
+    channels, so that a single product has them all.
     """
     c_in, c_out = x.shape[-1], dy.shape[-1]
     k, middle, last = taps
@@ -481,7 +481,7 @@ def _kernel_gradient_by_offsets(
         [tap * stride for tap in range(count)]
         for count, stride in ((k, step), (middle, row), (last, 1))
     )
-    between_on_x = middle * last * c_in + k * c_out < last * c_in + k * middle * c_out
+    between_on_x = last * c_in < k * c_out
     if between_on_x:
         lasts = [i + j for i in middles for j in lasts]
     else:
