@@ -444,15 +444,9 @@ def _kernel_gradient_by_slabs(
     def add_slab(n: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         columns, shifted, total = carry
         sample, start = n // slabs * samples, n % slabs * depth
-        size = (samples, depth, x.shape[2], sizes[2], c_in)
-        columns = _side_by_side(
-            columns, [lax.dynamic_slice(x, (sample, start, 0, j, 0), size) for j in range(last)]
-        )
-        size = (samples, depth, *dy.shape[2:])
-        starts = [start + k - 1 - t for t in range(k)]
-        shifted = _side_by_side(
-            shifted, [lax.dynamic_slice(dy, (sample, i, 0, 0, 0), size) for i in starts]
-        )
+        columns = _gather(columns, x, [(sample, start, 0, j, 0) for j in range(last)])
+        starts = [(sample, start + k - 1 - t, 0, 0, 0) for t in range(k)]
+        shifted = _gather(shifted, dy, starts)
         flat = shifted.reshape(num_voxels, -1)
         middles = [columns[:, :, i : i + sizes[1]].reshape(num_voxels, -1) for i in range(middle)]
         # Eigen wants the narrower factor on the left.
@@ -514,14 +508,8 @@ def _kernel_gradient_by_offsets(
 
     def add_chunk(n: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         columns, shifted, total = carry
-        starts = [n * size + tap for tap in lasts]
-        columns = _side_by_side(
-            columns, [lax.dynamic_slice_in_dim(x, start, size) for start in starts]
-        )
-        starts = [n * size + firsts[-1] - tap for tap in firsts]
-        shifted = _side_by_side(
-            shifted, [lax.dynamic_slice_in_dim(dy, start, size) for start in starts]
-        )
+        columns = _gather(columns, x, [(n * size + tap, 0) for tap in lasts])
+        shifted = _gather(shifted, dy, [(n * size + firsts[-1] - tap, 0) for tap in firsts])
         return columns, shifted, total + _product_over_voxels(columns, shifted)
 
     factors = len(lasts) * c_in, len(firsts) * c_out
@@ -539,15 +527,16 @@ def _product_over_voxels(a: jax.Array, b: jax.Array) -> jax.Array:
     return lax.dot_general(a, b, (((0,), (0,)), ((), ())))
 
 
-def _side_by_side(buffer: jax.Array, parts: Sequence[jax.Array]) -> jax.Array:
-    """`jnp.concatenate(parts, axis=-1)`, written into a buffer that a loop carries.
+def _gather(buffer: jax.Array, x: jax.Array, starts: Sequence[tuple[Any, ...]]) -> jax.Array:
+    """Blocks of x, side by side along the last axis of a buffer, which a loop carries.
 
     XLA on a CPU computes a concatenation of few parts element by element, in twice the time of
     these copies.
     """
-    width = parts[0].shape[-1]
-    for i, part in enumerate(parts):
-        buffer = lax.dynamic_update_slice_in_dim(buffer, part, i * width, axis=-1)
+    width = x.shape[-1]
+    for i, start in enumerate(starts):
+        block = lax.dynamic_slice(x, start, (*buffer.shape[:-1], width))
+        buffer = lax.dynamic_update_slice_in_dim(buffer, block, i * width, axis=-1)
     return buffer
 
 
