@@ -6,10 +6,11 @@ loss with statistics on the host.
 
     python -m experiments.benchmark --peer torch --out benchmark.md
 
-Ours and theirs take turns in one process; a ratio is the median of the ratios of the turns, with
-the lowest and the highest. FLOPs are those of the network as written (native convolutions), by
-XLA's cost analysis, the same for both; the peak is that of a product of two square matrices,
-measured here. Memory is what XLA plans for the step: state, batch and temporaries.
+Ours and theirs take turns in one process, each with a run before that is not timed; a ratio is the
+median of the ratios of the turns, with the lowest and the highest. FLOPs are those of the network
+as written (native convolutions), by XLA's cost analysis, the same for both; the peak is that of a
+product of two square matrices, measured here. Memory is what XLA plans for the step: state, batch
+and temporaries.
 
 The share that the loss has in a training step needs the step of its volume in the same run:
 ``--setups picai brats``. What the forward pass keeps for the backward pass is counted, not
@@ -381,18 +382,22 @@ def bench_pipeline(*, options: argparse.Namespace) -> Row:
 def alternate(runs: dict[str, Step], rounds: int) -> dict[str, np.ndarray]:
     """Times functions in turn, so that what slows the machine down slows all of them.
 
+    A turn calls its function twice and times the second call, as a step of training follows a step.
+    The first call pays for what the others left: a virtual machine may give memory that they freed
+    back to its host after seconds (Linux' free page reporting), and getting it again costs as much
+    as a step.
+
     Args:
-      runs: Functions that return when their work is done; each is called once before.
+      runs: Functions that return when their work is done.
       rounds: Turns of each.
 
     Returns:
       Seconds of each turn.
     """
-    for run in runs.values():
-        run()
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(rounds):
         for name, run in runs.items():
+            run()
             start = time.perf_counter()
             run()
             seconds[name].append(time.perf_counter() - start)

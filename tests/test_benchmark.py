@@ -27,13 +27,18 @@ def test_flops_are_counted_without_compiling(benchmark):
     assert flops == 2 * 8 * 16 * 4
 
 
-def test_runs_take_turns_after_one_of_each(benchmark):
-    order = []
-    seconds = benchmark.alternate(
-        {"a": lambda: order.append("a"), "b": lambda: order.append("b")}, 2
-    )
-    assert order == ["a", "b"] * 3
-    assert {name: times.shape for name, times in seconds.items()} == {"a": (2,), "b": (2,)}
+def test_runs_take_turns_and_each_second_call_is_timed(benchmark, monkeypatch):
+    clock, order = [0.0], []
+    monkeypatch.setattr(benchmark.time, "perf_counter", lambda: clock[0])
+
+    def run(name):
+        # A first call in a turn takes 100 seconds, a second one takes 1.
+        clock[0] += 1 if order and order[-1] == name else 100
+        order.append(name)
+
+    seconds = benchmark.alternate({"a": lambda: run("a"), "b": lambda: run("b")}, 2)
+    assert order == ["a", "a", "b", "b"] * 2
+    assert {name: list(times) for name, times in seconds.items()} == {"a": [1, 1], "b": [1, 1]}
 
 
 def test_a_ratio_is_the_median_over_the_turns(benchmark):
