@@ -334,6 +334,7 @@ def test_the_console_script_exits_with_2_and_no_traceback(tmp_path):
         assert "Traceback" not in done.stdout + done.stderr
 
 
+@pytest.mark.slow
 def test_several_devices_train_the_same_network(run, tmp_path, data_dir):
     """In a process of its own, where several devices are all there are."""
     environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}

@@ -12,6 +12,18 @@ from afl_jax.data.augment import augment
 from afl_jax.models import blocks
 
 
+class TwoLayers(nn.Module):
+    """What compiles in a second and has all that devices must agree on."""
+
+    axis_name: str | None
+
+    @nn.compact
+    def __call__(self, x, *, train=False):
+        x = blocks.Conv(4, (3, 3, 3))(x)
+        x = nn.relu(blocks.BatchNorm(axis_name=self.axis_name)(x, train=train))
+        return blocks.Conv(2, (1, 1, 1), use_bias=True)(x)
+
+
 def linear_apply(variables, image, *, train, mutable=()):
     """Logits w * image: gradients can be written down."""
     logits = variables["params"]["w"] * image
@@ -199,11 +211,7 @@ def test_a_step_that_is_not_finite_changes_nothing_if_it_is_to_be_skipped(value)
 
 
 def test_running_statistics_of_a_skipped_step_are_dropped_too():
-    strides = ((2, 2, 1), (2, 2, 2), (1, 1, 1), (2, 2, 2), (1, 1, 1))
-    model = create_model(
-        "resnet18_unet", num_classes=2, width=2, decoder_features=(2,) * 5, strides=strides
-    )
-    batch = make_batch(shape=(16, 16, 8), batch_size=2)
+    model, batch = TwoLayers(axis_name=None), make_batch()
     variables = model.init(jax.random.key(0), batch["image"])
     optimizer = training.create_optimizer("sgd", learning_rate=0.1)
     state = training.create_train_state(model.apply, variables, optimizer)
@@ -278,18 +286,6 @@ TINY = {
 }
 
 
-class TwoLayers(nn.Module):
-    """What compiles in a second and has all that devices must agree on."""
-
-    axis_name: str | None
-
-    @nn.compact
-    def __call__(self, x, *, train=False):
-        x = blocks.Conv(4, (3, 3, 3))(x)
-        x = nn.relu(blocks.BatchNorm(axis_name=self.axis_name)(x, train=train))
-        return blocks.Conv(2, (1, 1, 1), use_bias=True)(x)
-
-
 def run_steps(num_devices: int, create_fn, num_steps: int = 3):
     """A network with synchronised batch normalisation and augmentation, in float64."""
     devices = jax.local_devices()[:num_devices]
@@ -336,7 +332,9 @@ def run_steps(num_devices: int, create_fn, num_steps: int = 3):
     ("create_fn", "nums_devices"),
     [
         (TwoLayers, (2, 4, 8)),
-        (functools.partial(create_model, "resnet18_unet", **TINY), (2,)),
+        pytest.param(
+            functools.partial(create_model, "resnet18_unet", **TINY), (2,), marks=pytest.mark.slow
+        ),
     ],
     ids=["two layers", "resnet18_unet"],
 )
