@@ -85,6 +85,9 @@ Step = Callable[[], None]
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs what the arguments ask for, prints its tables, and writes them as Markdown."""
     options = _parse(arguments)
+    if options.peer:
+        # JAX would take most of a GPU's memory beforehand, and the peer lives on the same one.
+        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     peak = measure_peak(options.dtype)
     parts = [
         f"{_device_name()}; JAX {jax.__version__}; {options.dtype}; matrix products reach "
@@ -488,7 +491,7 @@ def _device_name() -> str:
     if device.platform != "cpu":
         return f"{len(jax.devices())} x {device.device_kind}"
     extensions = np.show_config(mode="dicts")["SIMD Extensions"].get("found", ["?"])
-    return f"CPU with {os.cpu_count()} cores ({extensions[-1]})"
+    return f"No GPU or TPU here; CPU with {os.cpu_count()} cores ({extensions[-1]})"
 
 
 def markdown(rows: Sequence[Row]) -> str:
@@ -514,7 +517,8 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
                         default=[name for name in SETUPS if name != "brats"],
                         help=f"of {', '.join(SETUPS)}; all but brats by default")  # fmt: skip
     parser.add_argument("--batch-sizes", nargs="+", type=int, help="in place of each setup's own")
-    parser.add_argument("--num-devices", type=int, help="as many as divide the batch by default")
+    parser.add_argument("--num-devices", type=int,
+                        help="as many as divide the batch by default; 1 beside a peer")  # fmt: skip
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--gradient-checkpointing", action="store_true")
     parser.add_argument("--peer", choices=("torch",), help="run PyTorch in turn")
@@ -526,6 +530,8 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     missing = [name for name in ("torch", "monai") if importlib.util.find_spec(name) is None]
     if options.peer and missing:
         parser.error(f"--peer torch needs {' and '.join(missing)}: pip install torch monai")
+    if options.peer and options.num_devices is None:
+        options.num_devices = 1
     return options
 
 

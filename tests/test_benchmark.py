@@ -100,6 +100,13 @@ def test_bad_arguments_end_with_code_2(benchmark, arguments, message, capsys):
     assert message in capsys.readouterr().err
 
 
+def test_beside_a_peer_one_device_is_used_unless_more_are_asked_for(benchmark, monkeypatch):
+    monkeypatch.setattr(benchmark.importlib.util, "find_spec", lambda name: True)
+    assert benchmark._parse([]).num_devices is None
+    assert benchmark._parse(["--peer", "torch"]).num_devices == 1
+    assert benchmark._parse(["--peer", "torch", "--num-devices", "2"]).num_devices == 2
+
+
 def test_a_missing_peer_is_named(benchmark, monkeypatch, capsys):
     monkeypatch.setattr(benchmark.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(SystemExit):
